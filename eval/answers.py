@@ -1,0 +1,237 @@
+"""The output folders of eval.run, read back and paired: nothing is compared that was not measured alike.
+
+A `Run` is one folder (answers.jsonl, run.json). A `Side` is one recipe: one run, or one per training seed, whose items
+are the same. Reading checks what every number rests on; whatever does not fit is an AnswersError that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+# A gap between runs that differ in one of these would measure the setting.
+SETTINGS = ("parser", "mode", "max_new_tokens", "pixels")
+ORDER = ("both", "text", "vision", "blind", "white", "black", "gray", "noise", "shuffled", "conflict", "rendered")
+FIELDS = ("task", "view", "id", "group", "gold", "pred", "correct")
+
+
+class AnswersError(ValueError):
+    """Output folders that cannot be read or compared; the message is one sentence that says which and why."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluation: `rows` maps (task, view) to {item id: row of answers.jsonl}, the same items in every view."""
+
+    folder: Path
+    info: dict
+    rows: dict[tuple[str, str], dict[str, dict]]
+    left_out: dict[str, tuple[int, str]] = field(default_factory=dict)  # task -> items some view lacks, and that view
+
+
+@dataclass(frozen=True)
+class Side:
+    """One recipe under one name, with a run per training seed on the same items in the same views."""
+
+    name: str
+    runs: tuple[Run, ...]
+
+    def tasks(self) -> list[str]:
+        return sorted({task for task, _ in self.runs[0].rows})
+
+    def views(self, task: str) -> list[str]:
+        """Views that every seed holds for the task, in their usual order."""
+        shared = set.intersection(*({view for name, view in run.rows if name == task} for run in self.runs))
+        return sorted(shared, key=lambda view: (ORDER.index(view) if view in ORDER else len(ORDER), view))
+
+    def items(self, task: str) -> list[dict]:
+        """One row per item (of the first seed and view), ordered by id: gold, choices, group, meta, image."""
+        rows = self.runs[0].rows[task, self.views(task)[0]]
+        return [rows[name] for name in sorted(rows)]
+
+    def column(self, task: str, view: str, field: str) -> list[list]:
+        """`field` of every answer, (seeds, items), items ordered by id."""
+        return [[run.rows[task, view][name].get(field) for name in sorted(run.rows[task, view])] for run in self.runs]
+
+    def correct(self, task: str, view: str) -> np.ndarray:
+        """(seeds, items) of 0.0 and 1.0."""
+        return np.array(self.column(task, view, "correct"), dtype=float)
+
+    def clusters(self, task: str) -> list[str]:
+        return [row["group"] for row in self.items(task)]
+
+    def n_choices(self, task: str) -> list[int | None]:
+        return [len(row["choices"]) if row.get("choices") else None for row in self.items(task)]
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read an output folder of eval.run. Raises AnswersError for a missing, torn, repeated or contradictory row."""
+    folder = Path(folder)
+    info = _json(folder / "run.json")
+    for key in (*SETTINGS, "tasks"):
+        if key not in info:
+            raise AnswersError(f"{folder / 'run.json'} has no '{key}', so its answers cannot be compared")
+    if info.get("finished") is False:
+        raise AnswersError(f"the evaluation in {folder} was cut short; the same eval.run command completes it")
+    rows: dict[tuple[str, str], dict[str, dict]] = {}
+    path = folder / "answers.jsonl"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AnswersError(f"cannot read {path}: {error}") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            raise AnswersError(f"{path}:{number}: not a JSON object; was the evaluation cut off? Run it again to "
+                               "complete it") from None
+        _check(row, f"{path}:{number}")
+        items = rows.setdefault((row["task"], row["view"]), {})
+        if row["id"] in items:
+            raise AnswersError(f"{path}:{number}: item '{row['id']}' of task '{row['task']}', view '{row['view']}' "
+                               "stands here for the second time")
+        items[row["id"]] = row
+    if not rows:
+        raise AnswersError(f"{path} holds no answers")
+    run = Run(folder, info, rows)
+    _pair_views(run)
+    return run
+
+
+def read_side(name: str | None, folders: str | Iterable[str | Path]) -> Side:
+    """Read one recipe: a folder, several joined by commas, or a list of them (one per training seed).
+
+    name None takes the label of run.json. Raises AnswersError when the seeds are not comparable with each other.
+    """
+    if isinstance(folders, str):
+        folders = [part.strip() for part in folders.split(",") if part.strip()]
+    runs = tuple(read_run(folder) for folder in folders)
+    if not runs:
+        raise AnswersError("no output folder given")
+    if len({run.folder.resolve() for run in runs}) < len(runs):
+        raise AnswersError("the same output folder is given twice as two seeds")
+    side = Side(name or _label(runs), runs)
+    for run in runs[1:]:
+        _check_alike(runs[0], run)
+        if set(run.rows) != set(runs[0].rows):
+            odd = sorted(set(run.rows) ^ set(runs[0].rows))[0]
+            raise AnswersError(f"{runs[0].folder} and {run.folder} are seeds of one recipe, but only one of them holds "
+                               f"task '{odd[0]}' in view '{odd[1]}'")
+    return side
+
+
+def check_pair(before: Side, after: Side) -> list[str]:
+    """The tasks both sides hold, after checking that they were measured alike on the same items.
+
+    Raises AnswersError naming what differs: parser, mode, max_new_tokens, pixels, the data's sha256, the items, the
+    number of seeds (one against several is allowed: one base model, several trainings of it).
+    """
+    tasks = [task for task in before.tasks() if task in after.tasks()]
+    if not tasks:
+        raise AnswersError(f"'{before.name}' and '{after.name}' have no task in common "
+                           f"({', '.join(before.tasks())} against {', '.join(after.tasks())})")
+    if len(before.runs) != len(after.runs) and 1 not in (len(before.runs), len(after.runs)):
+        raise AnswersError(f"'{before.name}' has {len(before.runs)} seeds and '{after.name}' has {len(after.runs)}; "
+                           "seeds are paired by position, so give as many on both sides, or one on one of them")
+    _check_alike(before.runs[0], after.runs[0])
+    return tasks
+
+
+def _check_alike(a: Run, b: Run) -> None:
+    for key in SETTINGS:
+        if a.info[key] != b.info[key]:
+            raise AnswersError(f"{a.folder} and {b.folder} differ in {key}: {_short(a.info[key])} against "
+                               f"{_short(b.info[key])}; evaluate both with the same")
+    for task in sorted({task for task, _ in a.rows} & {task for task, _ in b.rows}):
+        sums = [run.info["tasks"].get(task, {}).get("sha256") for run in (a, b)]
+        if sums[0] != sums[1]:
+            raise AnswersError(f"{a.folder} and {b.folder} differ in the data of task '{task}': sha256 "
+                               f"{_short(sums[0])} against {_short(sums[1])}")
+        first, second = (_items(run, task) for run in (a, b))
+        if first.keys() != second.keys():
+            odd = sorted(first.keys() ^ second.keys())[0]
+            raise AnswersError(f"the items of task '{task}' do not pair up: {len(first)} in {a.folder}, "
+                               f"{len(second)} in {b.folder}, and '{odd}' is in one of them only")
+        for name, row in first.items():
+            for field in ("gold", "choices", "group"):
+                if row.get(field) != second[name].get(field):
+                    raise AnswersError(f"item '{name}' of task '{task}' differs in {field} between {a.folder} and "
+                                       f"{b.folder}: {row.get(field)!r} against {second[name].get(field)!r}")
+
+
+def _pair_views(run: Run) -> None:
+    """Keep the items that every view of a task holds, so that all views are measured on the same ones.
+
+    A finished run lacks an item in a view that its problem cannot be shown in (no facts, no partner); in any other run
+    the evaluation was cut short, and what it lacks is chance.
+    """
+    for task in sorted({task for task, _ in run.rows}):
+        if task not in run.info["tasks"]:
+            raise AnswersError(f"{run.folder} has answers of task '{task}', which its run.json does not name")
+        views = {view: items for (name, view), items in run.rows.items() if name == task}
+        shared, known = set.intersection(*map(set, views.values())), set().union(*views.values())
+        if shared == known:
+            continue
+        view = min(views, key=lambda one: (len(views[one]), one))
+        if run.info.get("finished") is not True or not shared:
+            raise AnswersError(f"the items of task '{task}' in {run.folder} do not pair up: view '{view}' holds "
+                               f"{len(views[view])} of {len(known)}, and '{sorted(known - shared)[0]}' is not in every "
+                               "view; complete the evaluation" + ("" if shared else ", or ask for fewer views"))
+        for one, items in views.items():
+            run.rows[task, one] = {name: row for name, row in items.items() if name in shared}
+        run.left_out[task] = (len(known) - len(shared), view)
+
+
+def _check(row, place: str) -> None:
+    if not isinstance(row, dict):
+        raise AnswersError(f"{place}: not a JSON object")
+    missing = [field for field in FIELDS if field not in row]
+    if missing:
+        raise AnswersError(f"{place}: no field '{missing[0]}'")
+    if not isinstance(row["correct"], bool):
+        raise AnswersError(f"{place}: 'correct' is {row['correct']!r}, not true or false")
+    # An answer that is right in one field and wrong in another would be counted by chance.
+    if row["correct"] and row["pred"] is None:
+        raise AnswersError(f"{place}: an unparsed answer (pred null) is marked correct")
+    if row.get("choices") and row["correct"] != (row["pred"] == row["gold"]):
+        raise AnswersError(f"{place}: 'correct' is {str(row['correct']).lower()}, but pred is {row['pred']!r} and gold "
+                           f"is {row['gold']!r}")
+
+
+def _label(runs: Sequence[Run]) -> str:
+    """The label of run.json; of several seeds what their labels share: control-seed0, control-seed1 -> control."""
+    labels = [str(run.info.get("label") or run.folder.name) for run in runs]
+    shared = re.sub(r"[-_. ]*(?:seed)?[-_. ]*$", "", os.path.commonprefix(labels)) if len(runs) > 1 else ""
+    return shared or labels[0]
+
+
+def _items(run: Run, task: str) -> dict[str, dict]:
+    return next(items for (name, _), items in sorted(run.rows.items()) if name == task)
+
+
+def _json(path: Path) -> dict:
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AnswersError(f"cannot read {path}: {error}") from None
+    if not isinstance(info, dict):
+        raise AnswersError(f"{path} is not a JSON object")
+    return info
+
+
+def _short(value) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 24 or isinstance(value, dict) else text[:13] + '..."'
+
+
+def sides_of(runs: dict[str, Side | Sequence[str | Path] | str]) -> list[Side]:
+    """Named sides from folders or from sides already read."""
+    return [value if isinstance(value, Side) else read_side(name, value) for name, value in runs.items()]

@@ -1,0 +1,112 @@
+"""A model or an adapter as any user would load it, and two ways to ask it: likelihood of each choice, and generation."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+from data_prep.encode import Encoded, Encoder
+from data_prep.problem import Prompt
+
+
+class ModelError(ValueError):
+    """A model or adapter that cannot be evaluated."""
+
+
+class Generated(NamedTuple):
+    text: str
+    tokens: int             # without the end-of-turn token
+    finish: str             # "stop", or "length" when the token budget cut it off
+
+
+class Answerer:
+    """Model, adapter and encoder, ready to answer prompts in batches.
+
+    Args:
+        model: local folder or hub id.
+        adapter: a PEFT adapter folder for it.
+        dtype: "float32", "bfloat16", or "auto": bfloat16 on CUDA, float32 elsewhere.
+
+    Raises:
+        ModelError: the adapter changes nothing, which is what an adapter made for other module names looks like.
+    """
+
+    def __init__(self, model: str, adapter: str | None = None, *, revision: str | None = None, dtype: str = "auto",
+                 min_pixels: int | None = None, max_pixels: int | None = None) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if dtype == "auto":
+            dtype = "bfloat16" if self.device.type == "cuda" else "float32"
+        self.encoder = Encoder(model, min_pixels=min_pixels, max_pixels=max_pixels)
+        self.model = AutoModelForImageTextToText.from_pretrained(model, revision=revision, dtype=getattr(torch, dtype))
+        self.dtype = dtype
+        if adapter is not None:
+            self.model = PeftModel.from_pretrained(self.model, adapter)
+            ups = [p for name, p in self.model.named_parameters() if "lora_B" in name]
+            if not ups or not any(bool(p.any()) for p in ups):
+                raise ModelError(f"{adapter}: no LoRA weight of it changes {model}; was it made for another model?")
+        self.model.to(self.device).eval()
+
+    def encode(self, prompt: Prompt) -> Encoded:
+        return self.encoder.encode(prompt.messages, prompt.images, generate=True)
+
+    @torch.inference_mode()
+    def likelihoods(self, prompts: Sequence[Prompt]) -> list[list[float]]:
+        """Log-likelihood of each prompt's choices, in their order.
+
+        Where every choice is one token, that token's. Otherwise the sum over a choice's tokens and the end of the turn, so
+        that no choice is the beginning of another.
+        """
+        rows, tails = [], []
+        for prompt in prompts:
+            encoded = self.encode(prompt)
+            said = [self.encoder.text_ids(choice) for choice in prompt.choices]
+            if all(len(ids) == 1 for ids in said):
+                rows.append(encoded)
+                tails.append([ids for ids in said])
+                continue
+            for ids in said:
+                ids = (*ids, self.encoder.end_id)
+                rows.append(Encoded(np.concatenate([encoded.ids, ids[:-1]]), np.concatenate([encoded.trained, [False] * (len(ids) - 1)]),
+                                    encoded.pixel_values, encoded.grid))
+                tails.append(ids)
+        keep = max(len(tail) if isinstance(tail, tuple) else 1 for tail in tails)
+        logits = self.model(**self._batch(rows), use_cache=False, logits_to_keep=keep).logits.float().log_softmax(-1)
+        scores = iter([logits[i, -1, [ids[0] for ids in tail]].tolist() if isinstance(tail, list)
+                       else logits[i, -len(tail):].gather(1, torch.tensor(tail, device=self.device)[:, None]).sum().item()
+                       for i, tail in enumerate(tails)])
+        found = []
+        for prompt in prompts:
+            first = next(scores)
+            found.append(first if isinstance(first, list) else [first, *(next(scores) for _ in prompt.choices[1:])])
+        return found
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Generated]:
+        """Greedy answers."""
+        batch = self._batch([self.encode(prompt) for prompt in prompts])
+        out = self.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
+                                  eos_token_id=self.encoder.end_id, pad_token_id=self.encoder.pad_id)
+        answers = []
+        for ids in out[:, batch["input_ids"].shape[1]:].tolist():
+            end = ids.index(self.encoder.end_id) if self.encoder.end_id in ids else None
+            said = ids[:end]
+            answers.append(Generated(self.encoder.tokenizer.decode(said, skip_special_tokens=True).strip(), len(said),
+                                     "length" if end is None else "stop"))
+        return answers
+
+    def _batch(self, rows: list[Encoded]) -> dict[str, torch.Tensor]:
+        batch = self.encoder.batch(rows, side="left")
+        if "pixel_values" in batch:
+            batch["pixel_values"] = batch["pixel_values"].to(self.model.dtype)
+        return {key: value.to(self.device) for key, value in batch.items()}
+
+
+def offline_if_local(model: str) -> None:
+    """A local folder needs no hub, and asking it for files that the folder lacks costs half a minute of retries."""
+    if Path(model).is_dir():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")

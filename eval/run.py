@@ -1,0 +1,232 @@
+"""Ask a model every problem of some tasks in some views.
+
+    python -m eval.run --model assets/tiny --adapter runs/demo/control-seed0/adapter --tasks twins --views both,vision,text,blind \\
+        --out results/answers/control
+
+Writes answers.jsonl (one object per item and view) and run.json (settings and parents) into --out. The views of an item are
+asked side by side, so a run that is cut short is short in every view alike. The same command continues it; answers are kept by
+a hash of prompt, picture, model and settings, so nothing stale is served.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from tqdm import tqdm
+
+from data_prep.problem import Problem, ProblemError, Prompt, View, partners, possible_views, read_problems, render
+from data_prep.provenance import file_sha256, parents, weights_fingerprint, write_json
+from eval.parse import PARSER_VERSION
+from eval.tasks import TASKS, Task, TaskError, find_task
+
+WINDOW = 8      # batches that are sorted by length together, so that short and long prompts do not pad each other
+
+
+class Request(NamedTuple):
+    task: Task
+    problem: Problem
+    view: View
+    prompt: Prompt
+    key: str
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m eval.run", description="Ask a model every problem of some tasks in some views.")
+    parser.add_argument("--model", required=True, help="local folder or hub id")
+    parser.add_argument("--adapter", help="a PEFT adapter folder, such as runs/demo/control-seed0/adapter")
+    parser.add_argument("--revision", help="of a hub model")
+    parser.add_argument("--tasks", default="twins", help=f"comma-separated: {', '.join(sorted(TASKS))}, or paths of .jsonl files")
+    parser.add_argument("--views", default="both,vision,text,blind", help=f"comma-separated: {', '.join(View.__members__)}")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the tasks' files (default: %(default)s)")
+    parser.add_argument("--mode", choices=("likelihood", "generate"), default="likelihood",
+                        help="score the options by likelihood, or parse a generated answer (open questions are always generated)")
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--limit", type=int, help="at most this many problems per task, whole groups first come first served")
+    parser.add_argument("--min-pixels", type=int)
+    parser.add_argument("--max-pixels", type=int)
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--label", help="name of this run in tables (default: the name of --out)")
+    parser.add_argument("--seed", type=int, help="training seed of the model, recorded")
+    parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out instead of stopping")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    from eval.model import Answerer, ModelError, offline_if_local
+
+    offline_if_local(args.model)
+    try:
+        run(args, lambda: Answerer(args.model, args.adapter, revision=args.revision, dtype=args.dtype,
+                                   min_pixels=args.min_pixels, max_pixels=args.max_pixels))
+    except (ProblemError, TaskError, ModelError) as error:
+        raise SystemExit(f"error: {error}") from error
+    except OSError as error:
+        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def run(args: argparse.Namespace, load: Any) -> None:
+    """Evaluate. `load` makes the Answerer, after everything cheap has been checked."""
+    views = _views(args.views)
+    tasks = [(task, *_problems(task, args)) for task in map(find_task, dict.fromkeys(args.tasks.split(",")))]
+    asked = [(task, problem, view, other) for task, problems, _ in tasks
+             for problem, other in zip(problems, partners(problems)) for view in views if view in possible_views(problem, other)]
+    for task, problems, _ in tasks:
+        for view in views:
+            n = sum(1 for t, _, v, _ in asked if t is task and v is view)
+            if n < len(problems):
+                print(f"{task.name}: {len(problems) - n} of {len(problems)} problems cannot be shown as {view.value}", file=sys.stderr)
+    answerer = load()
+    settings = {
+        "model": args.model, "model_sha256": weights_fingerprint(args.model) if Path(args.model).is_dir() else None,
+        "revision": getattr(answerer.model.config, "_commit_hash", None) or args.revision,
+        "adapter": args.adapter, "adapter_sha256": weights_fingerprint(args.adapter) if args.adapter else None,
+        "mode": args.mode, "parser": PARSER_VERSION, "max_new_tokens": args.max_new_tokens, "dtype": answerer.dtype,
+        "pixels": answerer.encoder.pixel_bounds, "views": [view.value for view in views],
+        "tasks": {task.name: {"data": str(file), "root": str(file.parent), "sha256": file_sha256(file), "n": len(problems)}
+                  for task, problems, file in tasks}}
+    args.out.mkdir(parents=True, exist_ok=True)
+    info = _open(args, settings)
+    answers = args.out / "answers.jsonl"
+    done = _whole_lines(answers)
+    fixed = json.dumps([settings[k] for k in ("model_sha256", "revision", "model", "adapter_sha256", "mode", "parser",
+                                              "max_new_tokens", "dtype", "pixels")])
+    started = time.perf_counter()
+    left = (request for request in _requests(asked, fixed) if request.key not in done)
+    with answers.open("a", encoding="utf-8") as file, \
+            tqdm(total=len(asked), desc=args.label or args.out.name, unit="answer", mininterval=2) as bar:
+        bar.update(len(done))
+        while window := list(islice(left, WINDOW * args.batch_size)):
+            for rows in _answer(answerer, window, args):
+                file.writelines(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
+                file.flush()
+                bar.update(len(rows))
+    seconds = info.get("seconds", 0) + time.perf_counter() - started
+    write_json(args.out / "run.json", {**info, "seconds": round(seconds, 1), "finished": True})
+    print(f"{answers}: {len(asked)} answers, {seconds:.0f} s")
+
+
+def _views(text: str) -> list[View]:
+    names = list(dict.fromkeys(text.split(",")))
+    if unknown := [name for name in names if name not in View.__members__]:
+        raise TaskError(f"no such view: {', '.join(unknown)}; views: {', '.join(View.__members__)}")
+    return [View(name) for name in names]
+
+
+def _problems(task: Task, args: argparse.Namespace) -> tuple[list[Problem], Path]:
+    file = args.data / task.file
+    if not file.is_file():
+        raise TaskError(f"task {task.name}: no such file: {file}; {task.about}")
+    problems = read_problems(file, verify="header", skip_bad=args.skip_bad)
+    if args.limit is not None and args.limit < len(problems):
+        groups = dict.fromkeys(problem.group for problem in problems)
+        kept: list[Problem] = []
+        for group in groups:
+            members = [problem for problem in problems if problem.group == group]
+            if kept and len(kept) + len(members) > args.limit:
+                break
+            kept += members
+        problems = kept
+    return problems, file
+
+
+def _open(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    """run.json of this run. Raises TaskError when --out holds answers given under other settings."""
+    path = args.out / "run.json"
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        if differing := [key for key, value in settings.items() if old.get(key) != value]:
+            raise TaskError(f"{args.out} holds answers of another run; it differs in {', '.join(differing)}: give another --out")
+        return old
+    recipe = Path(args.adapter).parent / "run.json" if args.adapter else None
+    trained = json.loads(recipe.read_text(encoding="utf-8")) if recipe and recipe.exists() else None
+    info = {**settings, **parents(), "label": args.label or args.out.name, "seed": args.seed, "device": _device(),
+            "training": trained, "seconds": 0, "finished": False}
+    write_json(path, info)
+    return info
+
+
+def _device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _whole_lines(path: Path) -> set[str]:
+    """Keys of the answers already there; a last line that a killed process left half written is cut off."""
+    if not path.exists():
+        return set()
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        path.write_bytes(whole)
+    return {json.loads(line)["key"] for line in whole.decode("utf-8").splitlines()}
+
+
+def _requests(asked: Sequence[tuple[Task, Problem, View, Problem | None]], fixed: str) -> Iterator[Request]:
+    for task, problem, view, other in asked:
+        prompt = render(problem, view, other)
+        key = hashlib.sha256(json.dumps([fixed, task.name, problem.id, view.value, prompt.messages, prompt.choices]).encode())
+        for image in prompt.images:
+            key.update(f"{image.size}".encode())
+            key.update(image.tobytes())
+        yield Request(task, problem, view, prompt, key.hexdigest()[:32])
+
+
+def _answer(answerer: Any, window: list[Request], args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    scored = [request for request in window if request.prompt.choices is not None and args.mode == "likelihood"]
+    generated = [request for request in window if request.prompt.choices is None or args.mode == "generate"]
+    for requests, ask in ((scored, _by_likelihood), (generated, _by_generation)):
+        requests.sort(key=_size)
+        for start in range(0, len(requests), args.batch_size):
+            yield ask(answerer, requests[start:start + args.batch_size], args)
+
+
+def _size(request: Request) -> int:
+    """A rough length: characters of text and, at four to a token, image tokens."""
+    pixels = sum(image.width * image.height for image in request.prompt.images)
+    return sum(len(part.get("text", "")) for part in request.prompt.messages[0]["content"]) + 4 * pixels // 784
+
+
+def _by_likelihood(answerer: Any, requests: list[Request], args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for request, scores in zip(requests, answerer.likelihoods([request.prompt for request in requests])):
+        choices = request.prompt.choices
+        pred = choices[max(range(len(choices)), key=scores.__getitem__)]
+        rows.append(_row(request, pred, pred == request.prompt.answer, scores=[round(score, 6) for score in scores]))
+    return rows
+
+
+def _by_generation(answerer: Any, requests: list[Request], args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for request, said in zip(requests, answerer.generate([request.prompt for request in requests], args.max_new_tokens)):
+        score = request.task.score(request.prompt, said.text)
+        rows.append(_row(request, score.pred, score.correct, text=said.text, finish=said.finish, answer_tokens=said.tokens))
+    return rows
+
+
+def _row(request: Request, pred: str | None, correct: bool, *, scores: list[float] | None = None, text: str | None = None,
+         finish: str | None = None, answer_tokens: int | None = None) -> dict[str, Any]:
+    problem, prompt = request.problem, request.prompt
+    return {"task": request.task.name, "view": request.view.value, "id": problem.id, "group": problem.group,
+            "source": problem.source, "question": problem.question, "choices": prompt.choices, "options": prompt.options,
+            "gold": prompt.answer, "pred": pred, "correct": correct, "scores": scores, "text": text, "finish": finish,
+            "answer_tokens": answer_tokens, "image": problem.image, "key": request.key, "meta": problem.meta}
+
+
+if __name__ == "__main__":
+    main()

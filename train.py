@@ -1,0 +1,144 @@
+"""Train a recipe.
+
+    python train.py RECIPE [key=value ...] [--dry-run] [--resume]
+    deepspeed train.py RECIPE --deepspeed ds_configs/zero2.json
+
+No method lives here: a recipe names the mixture, the losses and the pace of each tower; training/ builds them.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="train.py", description="Train a recipe.")
+    parser.add_argument("recipe", help="a YAML file under recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr.vision=1e-4; recorded in the run folder")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be trained, on what, and stop")
+    parser.add_argument("--resume", action="store_true", help="continue the run in run_dir, if there is one")
+    parser.add_argument("--deepspeed", metavar="JSON", help="a DeepSpeed configuration, see ds_configs/")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)     # launchers pass it
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    from data_prep.problem import ProblemError
+    from training.config import RecipeError, load_recipe
+
+    try:
+        recipe = load_recipe(args.recipe, args.overrides)
+        if args.deepspeed and not Path(args.deepspeed).is_file():
+            raise RecipeError(f"--deepspeed: no such file: {args.deepspeed}")
+        if args.dry_run:
+            dry_run(recipe)
+        else:
+            train(recipe, resume=args.resume, deepspeed=args.deepspeed)
+    except (RecipeError, ProblemError) as error:
+        raise SystemExit(f"error: {error}") from error
+    except OSError as error:
+        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
+    except KeyboardInterrupt:
+        print(f"\nstopped; continue with: python train.py {args.recipe} {' '.join(args.overrides)} --resume", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def dry_run(recipe) -> None:
+    import yaml
+    from rich.console import Console
+
+    from data_prep.encode import Encoder
+    from training.estimate import estimate_table
+    from training.mixture import load_mixture
+    from training.model import empty_base, prepare, tower_table
+
+    console = Console()
+    console.print(yaml.safe_dump(recipe.to_dict(), sort_keys=False), markup=False, highlight=False)
+    encoder = Encoder(recipe.model.name, min_pixels=recipe.model.min_pixels, max_pixels=recipe.model.max_pixels)
+    mixture = load_mixture(recipe)
+    model = prepare(empty_base(recipe.model), recipe)
+    console.print(tower_table(model, recipe))
+    console.print(mixture.table(encoder))
+    console.print(estimate_table(model, recipe, mixture, encoder))
+
+
+def train(recipe, *, resume: bool, deepspeed: str | None = None) -> None:
+    import logging
+
+    import torch
+    import transformers
+    from rich.console import Console
+
+    from data_prep.encode import Encoder
+    from training.collate import Collator
+    from training.config import RecipeError
+    from training.mixture import load_mixture
+    from training.model import load_base, prepare, tower_table
+    from training.run import RunFolder
+    from training.trainers import MarkComplete, Metrics, VisionSFTTrainer, last_checkpoint, sft_arguments
+
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    console = Console(quiet=rank != 0)
+    if rank == 0:
+        folder = RunFolder(recipe, resume=resume)
+        if folder.finished:
+            console.print(f"{folder.path} is finished: {recipe.steps} steps, {folder.info['seconds']:.0f} s")
+            return
+    run_dir = Path(recipe.run_dir)
+    logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
+    transformers.set_seed(recipe.seed)
+    mixture = load_mixture(recipe)
+    encoder = Encoder(recipe.model.name, min_pixels=recipe.model.min_pixels, max_pixels=recipe.model.max_pixels)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir / "tensorboard")
+    try:
+        arguments = sft_arguments(recipe, run_dir, world_size=world_size, deepspeed=deepspeed)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    model = prepare(load_base(recipe.model), recipe)
+    console.print(tower_table(model, recipe))
+    console.print(mixture.table(encoder))
+    if rank == 0:
+        folder.start(mixture.hashes)
+    trainer = VisionSFTTrainer(model, recipe, Collator(mixture, encoder, recipe.loss.weigh), arguments,
+                               callbacks=[MarkComplete(), Metrics(run_dir / "metrics.jsonl", recipe.batch)])
+    checkpoint = last_checkpoint(run_dir)
+    if checkpoint is not None:
+        console.print(f"continuing from {checkpoint}")
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.perf_counter() - started
+    kind = "model" if recipe.lora is None else "adapter"
+    save(trainer, run_dir / kind)
+    if rank == 0:
+        if kind == "model":
+            encoder.tokenizer.save_pretrained(run_dir / kind)
+            encoder.image_processor.save_pretrained(run_dir / kind)
+        folder.record(finished=True, seconds=round(folder.info.get("seconds", 0) + seconds, 1), steps=recipe.steps)
+        console.print(f"{run_dir / kind} is written: {recipe.steps} steps, {seconds:.0f} s")
+
+
+def save(trainer, path: Path) -> None:
+    """Write model or adapter beside its place, then move it there: a killed process leaves no half of one."""
+    part = path.with_name(path.name + ".part")
+    if trainer.args.process_index == 0:
+        shutil.rmtree(part, ignore_errors=True)
+    trainer.save_model(str(part))
+    if trainer.args.process_index == 0:
+        for extra in ("training_args.bin", "README.md"):
+            (part / extra).unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+        part.rename(path)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    main()

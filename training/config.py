@@ -1,0 +1,256 @@
+"""Recipes: strict YAML with one level of `base`, read into frozen dataclasses.
+
+Every key is a field below; an unknown key, a wrong type or a missing file is a RecipeError that names the place, before any
+weight is loaded. `key=value` overrides come last and are recorded in the run folder with everything else.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from typing_extensions import Annotated
+
+TOWERS = ("vision", "merger", "language")
+
+_STRICT = ConfigDict(extra="forbid", strict=True)
+Count = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class RecipeError(ValueError):
+    """A recipe or mixture that cannot be used; the message names file and key."""
+
+
+@dataclass(config=_STRICT, frozen=True)
+class Model:
+    name: str                                   # local folder or hub id
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    min_pixels: Count | None = None             # bounds on a picture's area; None keeps the model's own
+    max_pixels: Count | None = None
+    checkpointing: bool = False                 # recompute activations of the language tower in the backward pass
+
+
+@dataclass(config=_STRICT, frozen=True)
+class Data:
+    mixture: str                                # a YAML file, looked for beside the recipe and in its parent folders
+    workers: Size = 0                           # processes that render, decode and tokenise ahead; the order does not depend on it
+    skip_bad: bool = False                      # leave bad rows out instead of stopping
+
+
+@dataclass(config=_STRICT, frozen=True)
+class Rank:
+    rank: Size                                  # 0 freezes the tower
+    alpha: Amount | None = None                 # default: 2 * rank
+
+
+@dataclass(config=_STRICT, frozen=True)
+class Lora:
+    vision: Rank = field(default_factory=lambda: Rank(0))
+    merger: Rank = field(default_factory=lambda: Rank(0))
+    language: Rank = field(default_factory=lambda: Rank(16))
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+@dataclass(config=_STRICT, frozen=True)
+class TowerRates:
+    """Peak learning rate per tower. 0 freezes the tower."""
+    vision: Amount
+    merger: Amount
+    language: Amount
+
+
+@dataclass(config=_STRICT, frozen=True)
+class Optim:
+    lr: TowerRates
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_steps: Size = 0
+    weight_decay: Amount = 0.0
+    betas: Annotated[list[Amount], Field(min_length=2, max_length=2)] = field(default_factory=lambda: [0.9, 0.999])
+    clip: Amount = 1.0                          # largest gradient norm; 0 does not clip
+
+
+@dataclass(config=_STRICT, frozen=True)
+class Loss:
+    weigh: Literal["tokens", "rows"] = "tokens"     # tokens: long answers count more; rows: every answer counts once
+
+
+@dataclass(config=_STRICT, frozen=True)
+class Save:
+    every: Count = 100                          # optimizer steps between checkpoints
+    keep: Count = 2                             # older ones are deleted
+
+
+@dataclass(config=_STRICT, frozen=True)
+class Recipe:
+    name: str
+    model: Model
+    data: Data
+    optim: Optim
+    steps: Count                                # optimizer steps
+    batch: Count                                # conversations per optimizer step, over all ranks and accumulation
+    micro_batch: Count                          # conversations per forward pass on one device
+    seed: Size = 0
+    run_dir: str | None = None                  # default: runs/<recipe's folder>/<name>-seed<seed>
+    lora: Lora | None = field(default_factory=Lora)     # null trains every parameter of the towers with a learning rate
+    loss: Loss = field(default_factory=Loss)
+    save: Save = field(default_factory=Save)
+    log_every: Count = 10                       # optimizer steps
+
+    def __post_init__(self) -> None:
+        if self.batch % self.micro_batch:
+            raise ValueError(f"batch={self.batch} is not a multiple of micro_batch={self.micro_batch}")
+        if self.model.min_pixels and self.model.max_pixels and self.model.min_pixels > self.model.max_pixels:
+            raise ValueError("model.min_pixels is larger than model.max_pixels")
+        if not any(self.trains(tower) for tower in TOWERS):
+            raise ValueError("nothing would be trained: every tower has learning rate 0 or LoRA rank 0")
+
+    def trains(self, tower: str) -> bool:
+        """Whether any parameter of the tower is trained."""
+        return getattr(self.optim.lr, tower) > 0 and (self.lora is None or getattr(self.lora, tower).rank > 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as YAML shows them."""
+        return asdict(self)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-4 is a number, as everybody expects, and a repeated key is an error."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict:
+    seen = set()
+    for key, _ in node.value:
+        name = loader.construct_object(key, deep=True)
+        if name in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is given twice", key.start_mark)
+        seen.add(name)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping. RecipeError names file and line."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a mapping of keys to values is needed")
+    return values
+
+
+def build(kind: type, values: dict[str, Any], where: str | Path) -> Any:
+    """Values to a dataclass. RecipeError says which key is wrong and suggests the nearest name."""
+    try:
+        # As JSON, because strict validation of Python objects would ask for instances of the nested dataclasses.
+        return TypeAdapter(kind).validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(kind, problem, where) for problem in error.errors())) from None
+
+
+def _explain(kind: type, problem: dict, where: str | Path) -> str:
+    path = [str(part) for part in problem["loc"]]
+    key = ".".join(path) or "recipe"
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        near = get_close_matches(path[-1], _field_names(kind, path[:-1]), n=1, cutoff=0.5)
+        return f"{where}: {key}: no such key" + (f"; did you mean '{near[0]}'?" if near else "")
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{where}: {key}: is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = "" if problem["type"] == "value_error" else f", not {problem['input']!r}"
+    return f"{where}: {key}: {message[0].lower() + message[1:]}{given}"
+
+
+def _field_names(kind: Any, path: list[str]) -> list[str]:
+    """Names of the fields of the dataclass that `path` leads to."""
+    for part in path:
+        fields = getattr(kind, "__dataclass_fields__", {})
+        if part not in fields:
+            continue                            # an index, or the branch of a union
+        kind = fields[part].type
+        for option in getattr(kind, "__args__", ()):
+            if hasattr(option, "__dataclass_fields__"):
+                kind = option
+    return list(getattr(kind, "__dataclass_fields__", {}))
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """`a.b=1e-4` to (["a", "b"], 0.0001); values are read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", key):
+        raise RecipeError(f"override {text!r}: key=value is needed, such as optim.lr.vision=1e-4")
+    try:
+        return key.split("."), yaml.load(value, _Loader) if value else None
+    except yaml.YAMLError:
+        raise RecipeError(f"override {text!r}: {value!r} is not a value") from None
+
+
+def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `change`; mappings are merged, everything else replaced."""
+    merged = dict(base)
+    for key, value in change.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def find_beside(name: str, folder: Path) -> Path | None:
+    """`name` in `folder` or the nearest of its parents up to the one called `recipes`; else relative to the working folder."""
+    for place in (folder, *folder.parents):
+        if (place / name).is_file():
+            return place / name
+        if place.name == "recipes":
+            break
+    return Path(name) if Path(name).is_file() else None
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe, the base it names and `key=value` overrides.
+
+    Raises:
+        RecipeError: unknown key (with the nearest name), wrong type, missing file, two levels of base.
+    """
+    path = Path(path)
+    values = read_yaml(path)
+    if "base" in values:
+        base_path = path.parent / str(values.pop("base"))
+        base = read_yaml(base_path)
+        if "base" in base:
+            raise RecipeError(f"{path}: base: {base_path} has a base itself; a base stands alone")
+        values = merge(base, values)
+    for text in overrides:
+        keys, value = parse_override(text)
+        for key in reversed(keys):
+            value = {key: value}
+        values = merge(values, value)
+    recipe = build(Recipe, values, path)
+    mixture = find_beside(recipe.data.mixture, path.resolve().parent)
+    if mixture is None:
+        raise RecipeError(f"{path}: data.mixture: no such file: {recipe.data.mixture}")
+    values["data"] = {**values["data"], "mixture": _short(mixture)}
+    if recipe.run_dir is None:
+        values["run_dir"] = str(Path("runs") / path.resolve().parent.name / f"{recipe.name}-seed{recipe.seed}")
+    return build(Recipe, values, path)
+
+
+def _short(path: Path) -> str:
+    """Relative to the working folder where that is possible: what is recorded should not name a machine."""
+    path = path.resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

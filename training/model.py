@@ -1,0 +1,149 @@
+"""Qwen2.5-VL and its towers: loading, LoRA per tower, and the table of what is trained."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.table import Table
+from torch import nn
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+
+from training.config import TOWERS, Lora, Model, Recipe, RecipeError
+
+# The linear layers of each tower. Bare suffixes would not do: `gate_proj` is in the vision blocks as well as in the
+# language layers, and `proj` is also the patch embedding, a Conv3d.
+LORA_TARGETS = {
+    "vision": r"visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate_proj|up_proj|down_proj))",
+    "merger": r"visual\.merger\.mlp\.[02]",
+    "language": r"language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate_proj|up_proj|down_proj))",
+}
+
+
+def tower_of(name: str) -> str:
+    """The tower that a parameter or module belongs to, by its name. Every parameter is in exactly one."""
+    if re.search(r"(^|\.)visual\.merger\.", name):
+        return "merger"
+    if re.search(r"(^|\.)visual\.", name):
+        return "vision"
+    return "language"
+
+
+def load_config(model: Model) -> AutoConfig:
+    config = AutoConfig.from_pretrained(model.name, revision=model.revision)
+    if config.model_type != "qwen2_5_vl":
+        raise RecipeError(f"model.name: {model.name} is a {config.model_type}; a qwen2_5_vl is needed")
+    return config
+
+
+def load_base(model: Model) -> Qwen2_5_VLForConditionalGeneration:
+    """The pretrained model, frozen."""
+    load_config(model)
+    base = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        model.name, revision=model.revision, dtype=model.dtype, attn_implementation=model.attention)
+    return base.requires_grad_(False)
+
+
+def empty_base(model: Model) -> Qwen2_5_VLForConditionalGeneration:
+    """The model's shape without its weights, for counting: nothing is downloaded but the configuration."""
+    with torch.device("meta"):
+        base = Qwen2_5_VLForConditionalGeneration(load_config(model))
+    return base.to(getattr(torch, model.dtype)).requires_grad_(False)
+
+
+def lora_config(lora: Lora, towers: Iterable[str]) -> LoraConfig:
+    """One PEFT configuration for all towers, with a rank and an alpha for each."""
+    towers = list(towers)
+    rank = {tower: getattr(lora, tower).rank for tower in towers}
+    alpha = {tower: 2 * rank[tower] if getattr(lora, tower).alpha is None else getattr(lora, tower).alpha for tower in towers}
+    patterns = {tower: rf".*{LORA_TARGETS[tower]}" for tower in towers}
+    return LoraConfig(
+        task_type="CAUSAL_LM", r=rank[towers[0]], lora_alpha=alpha[towers[0]], lora_dropout=lora.dropout, bias="none",
+        target_modules="|".join(patterns.values()),
+        rank_pattern={patterns[tower]: rank[tower] for tower in towers},
+        alpha_pattern={patterns[tower]: alpha[tower] for tower in towers})
+
+
+def prepare(base: Qwen2_5_VLForConditionalGeneration, recipe: Recipe) -> nn.Module:
+    """Make trainable what the recipe trains: LoRA on each tower with a rank, or all parameters when `lora` is null.
+
+    Raises:
+        RecipeError: a tower that the recipe trains ends up without a trained parameter, or one that it freezes with one.
+    """
+    towers = [tower for tower in TOWERS if recipe.trains(tower)]
+    if recipe.lora is None:
+        model: nn.Module = base
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(tower_of(name) in towers)
+    else:
+        model = get_peft_model(base, lora_config(recipe.lora, towers))
+    found = {tower for tower, numbers in count_parameters(model).items() if numbers["trained"]}
+    if found != set(towers):
+        raise RecipeError(f"{recipe.name}: trains {', '.join(sorted(found))}, but the recipe says {', '.join(towers)}")
+    if "vision" not in towers:
+        freeze_vision(unwrap(model), merger="merger" in towers)
+    return model
+
+
+def unwrap(model: nn.Module) -> Qwen2_5_VLForConditionalGeneration:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def freeze_vision(base: Qwen2_5_VLForConditionalGeneration, *, merger: bool) -> None:
+    """Run the frozen vision tower without a graph.
+
+    Gradient checkpointing hooks the input of every model inside, the vision tower's too, and would then run its backward
+    pass for nothing. The numbers do not change. With a trained merger, the graph starts at the merger.
+    """
+    visual = base.model.visual
+    if not merger:
+        visual.forward = torch.no_grad()(visual.forward)
+        return
+    visual.patch_embed.forward = torch.no_grad()(visual.patch_embed.forward)
+    for block in visual.blocks:
+        block.forward = torch.no_grad()(block.forward)
+
+
+def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Per tower: number of parameters in all (`total`) and trained (`trained`)."""
+    counts: dict[str, dict[str, int]] = {tower: {"total": 0, "trained": 0} for tower in TOWERS}
+    for name, parameter in model.named_parameters():
+        counts[tower_of(name)]["total"] += parameter.numel()
+        counts[tower_of(name)]["trained"] += parameter.numel() * parameter.requires_grad
+    return counts
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
+    """Optimizer groups: one per tower and kind of weight decay, each with its tower's learning rate.
+
+    Vectors (norms, biases) get no weight decay.
+    """
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[tower_of(name), parameter.ndim > 1].append(parameter)
+    return [{"params": parameters, "tower": tower, "lr": getattr(recipe.optim.lr, tower),
+             "weight_decay": recipe.optim.weight_decay if decay else 0.0}
+            for (tower, decay), parameters in sorted(groups.items(), key=lambda item: (TOWERS.index(item[0][0]), item[0][1]))]
+
+
+def tower_table(model: nn.Module, recipe: Recipe) -> Table:
+    """Tower, parameters, trained ones, adapted modules, LoRA rank, learning rate."""
+    adapted: dict[str, int] = defaultdict(int)
+    for name, _ in model.named_modules():
+        if name.endswith("lora_A.default"):
+            adapted[tower_of(name)] += 1
+    table = Table("tower", "parameters", "trained", "modules", "LoRA rank", "learning rate", title="towers", title_justify="left")
+    for tower, numbers in count_parameters(model).items():
+        rank = "all weights" if recipe.lora is None else str(getattr(recipe.lora, tower).rank)
+        trained = numbers["trained"]
+        table.add_row(tower, f"{numbers['total'] - (trained if recipe.lora else 0):,}", f"{trained:,}", str(adapted[tower] or "-"),
+                      rank if trained else "frozen", f"{getattr(recipe.optim.lr, tower):g}" if trained else "-")
+    return table
+
+
+def is_local(name: str) -> bool:
+    return Path(name).is_dir()
