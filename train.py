@@ -8,10 +8,10 @@ No method lives here: a recipe names the mixture, the losses and the pace of eac
 
 import argparse
 import os
+import shlex
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,18 +27,20 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="continue the run in run_dir, if there is one")
     parser.add_argument("--deepspeed", metavar="JSON", help="a DeepSpeed configuration, see ds_configs/")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)     # launchers pass it
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)       # overrides may follow options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     from data_prep.problem import ProblemError
+    from data_prep.provenance import offline_if_local
     from training.config import RecipeError, load_recipe
 
     try:
         recipe = load_recipe(args.recipe, args.overrides)
         if args.deepspeed and not Path(args.deepspeed).is_file():
             raise RecipeError(f"--deepspeed: no such file: {args.deepspeed}")
+        offline_if_local(recipe.model.name)
         if args.dry_run:
             dry_run(recipe)
         else:
@@ -48,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         raise SystemExit(f"error: {' '.join(str(error).split())}") from error
     except KeyboardInterrupt:
-        print(f"\nstopped; continue with: python train.py {args.recipe} {' '.join(args.overrides)} --resume", file=sys.stderr)
+        words = [args.recipe, *args.overrides, *(("--deepspeed", args.deepspeed) if args.deepspeed else ()), "--resume"]
+        print(f"\nstopped; continue with: python train.py {shlex.join(words)}", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -56,14 +59,14 @@ def dry_run(recipe) -> None:
     import yaml
     from rich.console import Console
 
-    from data_prep.encode import Encoder
+    from training.collate import load_encoder
     from training.estimate import estimate_table
     from training.mixture import load_mixture
     from training.model import empty_base, prepare, tower_table
 
     console = Console()
     console.print(yaml.safe_dump(recipe.to_dict(), sort_keys=False), markup=False, highlight=False)
-    encoder = Encoder(recipe.model.name, min_pixels=recipe.model.min_pixels, max_pixels=recipe.model.max_pixels)
+    encoder = load_encoder(recipe.model)
     mixture = load_mixture(recipe)
     model = prepare(empty_base(recipe.model), recipe)
     console.print(tower_table(model, recipe))
@@ -78,8 +81,7 @@ def train(recipe, *, resume: bool, deepspeed: str | None = None) -> None:
     import transformers
     from rich.console import Console
 
-    from data_prep.encode import Encoder
-    from training.collate import Collator
+    from training.collate import Collator, load_encoder
     from training.config import RecipeError
     from training.mixture import load_mixture
     from training.model import load_base, prepare, tower_table
@@ -88,16 +90,15 @@ def train(recipe, *, resume: bool, deepspeed: str | None = None) -> None:
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     console = Console(quiet=rank != 0)
-    if rank == 0:
-        folder = RunFolder(recipe, resume=resume)
-        if folder.finished:
-            console.print(f"{folder.path} is finished: {recipe.steps} steps, {folder.info['seconds']:.0f} s")
-            return
+    folder = RunFolder(recipe, resume=resume or rank > 0)       # rank 0 decides; it may have begun the folder already
+    if folder.finished:
+        console.print(f"{folder.path} is finished: {recipe.steps} steps, {folder.info['seconds']:.0f} s")
+        return
     run_dir = Path(recipe.run_dir)
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     transformers.set_seed(recipe.seed)
     mixture = load_mixture(recipe)
-    encoder = Encoder(recipe.model.name, min_pixels=recipe.model.min_pixels, max_pixels=recipe.model.max_pixels)
+    encoder = load_encoder(recipe.model)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir / "tensorboard")
     try:
         arguments = sft_arguments(recipe, run_dir, world_size=world_size, deepspeed=deepspeed)
@@ -108,22 +109,21 @@ def train(recipe, *, resume: bool, deepspeed: str | None = None) -> None:
     console.print(mixture.table(encoder))
     if rank == 0:
         folder.start(mixture.hashes)
+    metrics = Metrics(run_dir / "metrics.jsonl", recipe.batch)
     trainer = VisionSFTTrainer(model, recipe, Collator(mixture, encoder, recipe.loss.weigh), arguments,
-                               callbacks=[MarkComplete(), Metrics(run_dir / "metrics.jsonl", recipe.batch)])
+                               callbacks=[MarkComplete(recipe.save.keep), metrics])
     checkpoint = last_checkpoint(run_dir)
     if checkpoint is not None:
         console.print(f"continuing from {checkpoint}")
-    started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.perf_counter() - started
     kind = "model" if recipe.lora is None else "adapter"
     save(trainer, run_dir / kind)
     if rank == 0:
         if kind == "model":
             encoder.tokenizer.save_pretrained(run_dir / kind)
             encoder.image_processor.save_pretrained(run_dir / kind)
-        folder.record(finished=True, seconds=round(folder.info.get("seconds", 0) + seconds, 1), steps=recipe.steps)
-        console.print(f"{run_dir / kind} is written: {recipe.steps} steps, {seconds:.0f} s")
+        folder.record(finished=True, seconds=round(metrics.seconds, 1), steps=recipe.steps)
+        console.print(f"{run_dir / kind} is written: {recipe.steps} steps, {metrics.seconds:.0f} s")
 
 
 def save(trainer, path: Path) -> None:

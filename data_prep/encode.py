@@ -45,16 +45,19 @@ class Encoder:
 
     Args:
         name: local folder or hub id.
+        revision: branch, tag or commit of a hub id.
         min_pixels, max_pixels: bounds on a picture's area after resizing; None keeps the model's own.
 
     Raises:
         ValueError: the tokenizer has no chat template or lacks Qwen's image token.
     """
 
-    def __init__(self, name: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> None:
+    def __init__(self, name: str | Path, *, revision: str | None = None, min_pixels: int | None = None,
+                 max_pixels: int | None = None) -> None:
         bounds = {k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v is not None}
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
-        self.image_processor: Qwen2VLImageProcessorPil = AutoImageProcessor.from_pretrained(name, backend="pil", **bounds)
+        self.tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        self.image_processor: Qwen2VLImageProcessorPil = AutoImageProcessor.from_pretrained(
+            name, revision=revision, backend="pil", **bounds)
         for key, size in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
             if key in bounds and getattr(self.image_processor.size, size) != bounds[key]:
                 raise ValueError(f"{name}: the image processor ignored {key}={bounds[key]}")
@@ -65,12 +68,25 @@ class Encoder:
         if None in (self.image_id, self.end_id) or self.tokenizer.unk_token_id in (self.image_id, self.end_id):
             raise ValueError(f"{name}: the tokenizer has no {IMAGE_TOKEN} or {END_OF_TURN}; a Qwen2-VL family model is needed")
         self.pad_id = self.tokenizer.pad_token_id
+        if self.pad_id is None:
+            raise ValueError(f"{name}: the tokenizer has no padding token")
         plain = json.loads(self.tokenizer.backend_tokenizer.to_str())
         plain["added_tokens"] = []
         plain["post_processor"] = None
         self._plain = Tokenizer.from_str(json.dumps(plain))
+        self._remember()
+
+    def _remember(self) -> None:
         self._template_ids = lru_cache(maxsize=4096)(self._template_ids)
         self.text_ids = lru_cache(maxsize=65536)(self.text_ids)
+
+    def __getstate__(self) -> dict:
+        """Without the caches, which cannot be pickled: workers that are spawned and not forked get a copy of the encoder."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("_template_ids", "text_ids")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._remember()
 
     @property
     def pixel_bounds(self) -> dict[str, int]:
@@ -144,7 +160,7 @@ class Encoder:
         patches, grids = [], []
         for image in images:
             size = smart_resize(image.height, image.width, factor, processor.size.shortest_edge, processor.size.longest_edge)
-            if size == (image.height, image.width):
+            if size == (image.height, image.width) and image.mode == "RGB":
                 # Already on the grid: skip the processor's generic checks, which cost ten times the arithmetic.
                 array = np.asarray(image, dtype=np.float32) * np.float32(processor.rescale_factor)
                 array = (array - np.float32(processor.image_mean)) / np.float32(processor.image_std)

@@ -1,8 +1,6 @@
 """A model or an adapter as any user would load it, and two ways to ask it: likelihood of each choice, and generation."""
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -104,9 +102,3 @@ class Answerer:
         if "pixel_values" in batch:
             batch["pixel_values"] = batch["pixel_values"].to(self.model.dtype)
         return {key: value.to(self.device) for key, value in batch.items()}
-
-
-def offline_if_local(model: str) -> None:
-    """A local folder needs no hub, and asking it for files that the folder lacks costs half a minute of retries."""
-    if Path(model).is_dir():
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")

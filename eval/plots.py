@@ -97,7 +97,7 @@ def change_figure(changes: Mapping[str, Mapping[str, Point]], *, title: str = ""
         axes.grid(axis="x", color="#E5E5E5", linewidth=0.6)
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
 
-    return _svg(draw, (8.2, 1.5 + len(names) * (0.3 + 0.16 * len(changes))))
+    return _svg(draw, (8.2, 1.3 + len(names) * (0.22 + 0.11 * len(changes))))
 
 
 def bar_figure(groups: Mapping[str, Mapping[str, Point]], *, title: str = "", chance: float | None = None) -> str:
@@ -105,6 +105,8 @@ def bar_figure(groups: Mapping[str, Mapping[str, Point]], *, title: str = "", ch
     names = list(dict.fromkeys(name for series in groups.values() for name in series))
     if not names:
         raise ValueError("no bars to draw")
+    width_in = max(5.5, min(11.0, 1.5 + len(names) * (0.35 + 0.3 * len(groups))))
+    turned = 0.085 * max(map(len, names)) + 0.1 > (width_in - 0.8) / len(names)  # inches: a name against its place
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -117,8 +119,8 @@ def bar_figure(groups: Mapping[str, Mapping[str, Point]], *, title: str = "", ch
                      yerr=_reach(points), ecolor="#222222", capsize=2, error_kw={"linewidth": 1})
         if chance is not None:
             axes.axhline(100 * chance, color="#222222", linewidth=1, linestyle=(0, (4, 3)))
-        axes.set_xticks(range(len(names)), names, rotation=0 if len(names) < 9 else 35,
-                        ha="center" if len(names) < 9 else "right")
+        axes.set_xticks(range(len(names)), names, rotation=30 if turned else 0, ha="right" if turned else "center",
+                        rotation_mode="anchor" if turned else "default")
         axes.set_ylim(0, 102)
         axes.set_ylabel("accuracy in per cent")
         axes.set_title(title)
@@ -126,7 +128,7 @@ def bar_figure(groups: Mapping[str, Mapping[str, Point]], *, title: str = "", ch
         axes.set_axisbelow(True)
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
 
-    return _svg(draw, (max(5.5, min(11.0, 1.5 + len(names) * (0.35 + 0.3 * len(groups)))), 3.6))
+    return _svg(draw, (width_in, 3.6))
 
 
 def inline(svg: str, prefix: str, label: str) -> str:

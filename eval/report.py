@@ -15,23 +15,34 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jinja2
 import numpy as np
 from PIL import Image, ImageOps
 
+from data_prep.problem import ProblemError, read_problems
+from data_prep.provenance import file_sha256
 from eval import gap, plots, stats
 from eval.answers import AnswersError, Side, check_pair, read_side
 
 CONTROL = "control"
 SAMPLE = 24  # items shown per task
 SIDE_PIXELS = 448  # longer side of a picture on the page
+COLUMN_PIXELS = 290  # smaller pictures are shown enlarged by a whole factor, up to this side
 TEMPLATES = Path(__file__).parent / "templates"
+
+
+class Picture(NamedTuple):
+    uri: str
+    width: int  # as shown
+    height: int
+    enlarged: bool
 
 
 def build(sides: Sequence[Side], *, sample: int = SAMPLE, seed: int = 0) -> str:
     """The page. Raises AnswersError when the runs were not measured alike on the same items."""
-    pairs = _pairs(sides)
+    pairs = pairs_of(sides)
     for before, after in pairs:
         check_pair(before, after)
     names = list(dict.fromkeys(task for side in sides for task in side.tasks()))
@@ -44,12 +55,18 @@ def build(sides: Sequence[Side], *, sample: int = SAMPLE, seed: int = 0) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("report.html").render(
         tasks=tasks, sides=sides, script=script, digest=digest,
-        settings={key: sides[0].runs[0].info[key] for key in ("parser", "mode", "max_new_tokens", "pixels")},
+        settings=_settings(sides[0].runs[0].info),
         provenance=[(side.name, run.folder.name, json.dumps(run.info, indent=1, sort_keys=True, ensure_ascii=False))
                     for side in sides for run in side.runs])
 
 
-def _pairs(sides: Sequence[Side]) -> list[tuple[Side, Side]]:
+def _settings(info: dict) -> dict[str, str]:
+    pixels = info["pixels"]
+    bounds = f"{pixels.get('min')} to {pixels.get('max')}" if isinstance(pixels, dict) else str(pixels)
+    return {"parser": info["parser"], "mode": info["mode"], "max_new_tokens": info["max_new_tokens"], "pixels": bounds}
+
+
+def pairs_of(sides: Sequence[Side]) -> list[tuple[Side, Side]]:
     """Each run against the first, then each against the control."""
     pairs = [(sides[0], side) for side in sides[1:]]
     control = next((side for side in sides[1:] if side.name == CONTROL), None)
@@ -69,7 +86,7 @@ def _task(task: str, sides: Sequence[Side], pairs, sample: int, seed: int, prefi
         "gaps": [(name, *(gap.within(one.get(key), "gap", True) for key in gap.DIFFERENCES), _shapley(one))
                  for name, one in found.items()],
         "changes": [_change_row(name, one) for name, one in changes.items()],
-        "warnings": [(name, text) for name, one in found.items() for text in one["warnings"]],
+        "warnings": [(name, one["warnings"]) for name, one in found.items() if one["warnings"]],
         "missing": list(dict.fromkeys(text for one in found.values() for text in one["missing"])),
         "figures": _figures(task, sides, rows, changes, views, prefix),
         **_sample(task, sides, views, sample),
@@ -86,7 +103,7 @@ def _change_row(name: str, one: dict) -> dict:
         "name": name, "verdict": one["verdict"],
         "cells": [gap.within(one.get(key), "change", True) for key in gap.DIFFERENCES]
         + [gap.within(one["views"].get(view), "change", True) for view in ("both", "text", "vision")]
-        + [gap.closed(one.get("gap"))],
+        + [gap.closed(one.get("gap")).removesuffix(" %")],
         "seeds": [gap.points(value, True) for value in one.get("gap", {}).get("seeds", {}).get("values", ())],
     }
 
@@ -129,15 +146,21 @@ def _kinds(side: Side, task: str, view: str) -> dict[str, plots.Point]:
 
 
 def _sample(task: str, sides: Sequence[Side], views: list[str], size: int) -> dict:
-    """A fixed sample: up to half of it items that the runs answer differently, the rest from the others."""
+    """A fixed sample: up to half of it items that the runs answer differently, the rest from the others.
+
+    The answers compared are those to the picture alone, where that view was asked.
+    """
     cards = [_card(task, sides, views, row) for row in sides[0].items(task)]
     cards.sort(key=lambda card: hashlib.sha256(card["id"].encode()).hexdigest())
     differ, same = ([card for card in cards if card["differs"] is state] for state in (True, False))
     first = min(len(differ), max(size // 2, size - len(same)))
     shown = differ[:first] + same[:size - first]
+    facts = _facts(sides, task)
     for card in shown:
         card["picture"], card["problem"] = picture(sides, task, card["image"])
-    return {"cards": shown, "differing": len(differ), "kinds": sorted({card["kind"] for card in shown if card["kind"]})}
+        card["facts"] = facts.get(card["id"])
+    return {"cards": shown, "differing": len(differ), "compared": "vision" if "vision" in views else "any view",
+            "kinds": sorted({card["kind"] for card in shown if card["kind"]})}
 
 
 def _card(task: str, sides: Sequence[Side], views: list[str], row: dict) -> dict:
@@ -151,7 +174,7 @@ def _card(task: str, sides: Sequence[Side], views: list[str], row: dict) -> dict
     said = [[sorted((one["said"], one["right"]) for one in cell) for cell in cells] for _, cells in answers]
     # runs with several seeds differ when what they say differs, not how often they were asked
     differs = any(len({tuple(sorted(set(run[place]))) for run in said if run[place]}) > 1
-                  for place in range(len(views)))
+                  for place, view in enumerate(views) if view == "vision" or "vision" not in views)
     kind = (row.get("meta") or {}).get("kind")
     return {"id": row["id"], "kind": "" if kind is None else str(kind), "question": row.get("question", ""),
             "options": list(row.get("options") or row.get("choices") or ()), "gold": row["gold"],
@@ -166,8 +189,19 @@ def _answer(row: dict) -> dict:
             "text": row.get("text") or "", "cut": row.get("finish") == "length"}
 
 
-def picture(sides: Sequence[Side], task: str, image: str | None) -> tuple[str | None, str]:
-    """(data URI, "") or (None, why there is no picture). It is looked for under the `root` that run.json names."""
+def _facts(sides: Sequence[Side], task: str) -> dict[str, str]:
+    """Facts in words by item, while the file of problems is still the one that was asked; else nothing."""
+    recorded = sides[0].runs[0].info["tasks"].get(task, {})
+    try:
+        if file_sha256(recorded["data"]) == recorded["sha256"]:
+            return {one.id: one.facts for one in read_problems(recorded["data"], verify="none") if one.facts}
+    except (KeyError, OSError, ProblemError):
+        pass
+    return {}
+
+
+def picture(sides: Sequence[Side], task: str, image: str | None) -> tuple[Picture | None, str]:
+    """(picture, "") or (None, why there is no picture). It is looked for under the `root` that run.json names."""
     if not image:
         return None, "this problem has no picture"
     reason = "run.json names no folder of pictures"
@@ -181,14 +215,14 @@ def picture(sides: Sequence[Side], task: str, image: str | None) -> tuple[str | 
                 return None, "its path leaves the folder of pictures"
             if path.is_file():
                 try:
-                    return _data_uri(path), ""
+                    return _embed(path), ""
                 except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                     return None, f"the picture cannot be read ({type(error).__name__})"
         reason = f"picture not found: {image}"
     return None, reason
 
 
-def _data_uri(path: Path) -> str:
+def _embed(path: Path) -> Picture:
     # Written anew, never copied: a photograph's metadata (place, camera) does not belong on a page that is sent around.
     with Image.open(path) as file:
         photo = file.format == "JPEG"
@@ -203,7 +237,9 @@ def _data_uri(path: Path) -> str:
             shown = shown.convert("RGBA")
             Image.frombytes("RGBA", shown.size, shown.tobytes()).save(out, "PNG", optimize=True)
     kind = "jpeg" if photo else "png"
-    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
+    factor = max(1, COLUMN_PIXELS // max(shown.size))
+    return Picture(f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}",
+                   shown.width * factor, shown.height * factor, factor > 1)
 
 
 def parse_runs(words: Sequence[str]) -> list[Side]:

@@ -24,7 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from tqdm import tqdm
 
 from data_prep.problem import Problem, ProblemError, Prompt, View, partners, possible_views, read_problems, render
-from data_prep.provenance import file_sha256, parents, weights_fingerprint, write_json
+from data_prep.provenance import file_sha256, offline_if_local, parents, weights_fingerprint, write_json
 from eval.parse import PARSER_VERSION
 from eval.tasks import TASKS, Task, TaskError, find_task
 
@@ -64,9 +64,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    from eval.model import Answerer, ModelError, offline_if_local
-
     offline_if_local(args.model)
+    from eval.model import Answerer, ModelError
+
     try:
         run(args, lambda: Answerer(args.model, args.adapter, revision=args.revision, dtype=args.dtype,
                                    min_pixels=args.min_pixels, max_pixels=args.max_pixels))

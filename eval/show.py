@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -114,15 +115,20 @@ def table_lines(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[st
 
 
 def terminal(result: dict, console: Console | None = None) -> None:
-    """Print the tables with rich; a pipe gets them 140 columns wide instead of wrapped at 80."""
-    console = console or Console(width=None if Console().is_terminal else 140)
+    """Print the tables with rich; a pipe gets them 150 columns wide instead of wrapped at 80.
+
+    A narrow terminal gets every interval below its value.
+    """
+    console = console or Console(width=None if Console().is_terminal else 150)
+    interval = " [" if console.width >= 130 else "\n["
     for section in sections(result):
         if section.header:
-            view = Table(title=escape(section.title), title_justify="left", title_style="bold")
+            view = Table(title=escape(section.title), title_justify="left", title_style="bold", box=SIMPLE_HEAD,
+                         pad_edge=False)
             for number, name in enumerate(section.header):
-                view.add_column(escape(name), justify="left" if number == 0 else "right")
+                view.add_column(escape(name), justify="left" if number == 0 else "right", overflow="fold")
             for row in section.rows:
-                view.add_row(*map(escape, row))
+                view.add_row(*(escape(cell.replace(" [", interval)) for cell in row))
             console.print(view)
         for note in section.notes:
             style = "bold" if note.startswith("verdict") else "yellow" if note.startswith("warning") else ""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from eval import gap, show
+from eval import gap, show, stats
 from eval.answers import AnswersError, check_pair, read_run, read_side
 
 VIEWS = ("both", "text", "vision", "blind")
@@ -101,6 +101,16 @@ def test_verdict_looks_at_both_sides(tmp_path, after, word):
     before = write_run(tmp_path / "a", {"both": 0.95, "text": 0.95, "vision": 0.6})
     found = compared(str(before), str(write_run(tmp_path / "b", after)))
     assert found["change"]["verdict"]["word"] == word
+
+
+def test_a_gap_that_fell_without_vision_is_a_loss_also_inside_the_margin():
+    changes = {"gap": {"change": -0.015, "high": -0.01, "d_vision": 0.0},
+               "views": {"both": {"change": -0.015}, "text": {"change": 0.0}}}
+    start = stats.paired_gap([1, 1, 0], [0, 1, 0])
+    assert gap.verdict(changes, start) == {
+        "word": "closed by loss", "reason": "gap -1.5, vision +0.0: the gap fell without a gain in vision"}
+    changes["gap"]["d_vision"] = 0.01
+    assert gap.verdict(changes, start)["word"] == "closed well"
 
 
 def test_margin_decides_what_fall_is_allowed(tmp_path):

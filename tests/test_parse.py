@@ -18,8 +18,9 @@ COLOURS, YES_NO, TRUTH = ("red", "blue"), ("yes", "no"), ("true", "false")
     "B blue", "B: blue", "B - blue", "(B) blue", "The answer is B", "the answer is: (B).", "Answer: B", "answer = B",
     "Answer B", "**Answer:** B", "**Answer: B**", "### Answer:\nB", "Final answer: **B**.", "Answer:\n\nB",
     "\\boxed{B}", "so $\\boxed{\\text{B}}$.", "Answer: \\boxed{B}", "Answer: B, since A is wrong",
-    "Answer: B. The other is worse", "The answer is B, not C", "The correct option is B.", "Option B", "I choose B.", "It's B.", "B is correct",
-    "B because it is round", "I would go with B", "Option A is wrong, option B is right", "<think>A or C</think>B",
+    "Answer: B. The other is worse", "The answer is B, not C", "The correct option is B.", "Option B", "I choose B.",
+    "It's B.", "B is correct", "B because it is round", "I would go with B", "Option A is wrong, option B is right",
+    "<think>A or C</think>B",
     "B<|im_end|>", "B</s>", "blue", "It is blue.", "Answer: A\nno, wait\nAnswer: B",
 ])
 def test_b_in_all_its_forms(text):

@@ -153,6 +153,16 @@ def test_nlvr_facts_in_words():
     )
 
 
+def test_nlvr_kinds_are_told_from_the_structure():
+    def blocks(*places, **changes):
+        return [{"x_loc": x, "y_loc": y, "type": "square", "color": "Black", "size": 20, **changes} for x, y in places]
+
+    assert nlvr.kind([blocks((40, 80), (40, 59)), [], blocks((40, 80))]) == "tower"
+    assert nlvr.kind([blocks((40, 80), (41, 59)), [], []]) == "scatter"
+    assert nlvr.kind([blocks((40, 80), type="circle"), [], []]) == "scatter"
+    assert nlvr.kind([blocks((40, 80)), [], []]) is None
+
+
 def test_nlvr_clone_with_splits_and_orders(tmp_path):
     clone = nlvr_clone(nlvr_clone(tmp_path / "clone"), "train", directory="3")
     problems = everything(run(nlvr, tmp_path, "--from", clone, "--orders", "all"))
@@ -161,7 +171,9 @@ def test_nlvr_clone_with_splits_and_orders(tmp_path):
     assert "Box 1: empty. Box 2: medium black" in by_id["nlvr-train-7-1-4"].facts  # order 4 is (2, 0, 1)
     one = by_id["nlvr-dev-7-0-0"]
     assert one.question == "Is this sentence true or false? There is a circle ."
-    assert one.meta == {"answer_with": "text", "split": "dev", "order": 0, "votes": 2, "votes_agree": 1}
+    assert one.meta == {
+        "answer_with": "text", "kind": "scatter", "split": "dev", "order": 0, "votes": 2, "votes_agree": 1,
+    }  # fmt: skip
     one_split = run(nlvr, tmp_path / "b", "--from", clone, "--split", "train", "--test-share", 1)
     assert {name: len(part) for name, part in one_split.items()} == {"test.jsonl": 2}
 
@@ -208,7 +220,7 @@ def test_nlvr_elsewhere(tmp_path):
 def test_puzzlevqa_counts_and_places(tmp_path):
     files = run(puzzlevqa, tmp_path, "--from", real("puzzlevqa"))
     problems = everything(files)
-    assert len(problems) == 400 and Counter(p.meta["template"] for p in problems)["venn"] == 50
+    assert len(problems) == 400 and Counter(p.meta["kind"] for p in problems)["venn"] == 50
     assert {(p.license, p.source, p.meta["answer_with"]) for p in problems} == {("MIT", "puzzlevqa", "letter")}
     assert all(isinstance(option, str) for problem in problems for option in problem.options)
     groups = [{problem.group for problem in part} for part in files.values()]
@@ -259,7 +271,7 @@ def test_puzzlevqa_facts_are_the_caption(tmp_path):
         "A grid of 0.",
         "images/color_grid/color_grid_0000.png",
     )
-    assert one.meta == {"answer_with": "letter", "template": "color_grid", "text_sufficient": True}
+    assert one.meta == {"answer_with": "letter", "kind": "color_grid", "text_sufficient": True}
 
 
 @pytest.mark.parametrize(

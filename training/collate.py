@@ -6,9 +6,18 @@ import numpy as np
 import torch
 
 from data_prep.encode import Encoded, Encoder
+from training.config import Model, RecipeError
 from training.mixture import Mixture
 
 IGNORED = -100          # a label that is not trained
+
+
+def load_encoder(model: Model) -> Encoder:
+    """Tokenizer and image processor of a recipe's model. RecipeError when there are none, or none of the Qwen2-VL family."""
+    try:
+        return Encoder(model.name, revision=model.revision, min_pixels=model.min_pixels, max_pixels=model.max_pixels)
+    except (ValueError, OSError) as error:
+        raise RecipeError(f"model.name: {model.name}: {' '.join(str(error).split())}") from error
 
 
 def loss_weights(trained: np.ndarray, weigh: Literal["tokens", "rows"]) -> np.ndarray:

@@ -100,7 +100,7 @@ class Recipe:
     batch: Count                                # conversations per optimizer step, over all ranks and accumulation
     micro_batch: Count                          # conversations per forward pass on one device
     seed: Size = 0
-    run_dir: str | None = None                  # default: runs/<recipe's folder>/<name>-seed<seed>
+    run_dir: str | None = None                  # default: runs/<folder below recipes>/<name>-seed<seed>
     lora: Lora | None = field(default_factory=Lora)     # null trains every parameter of the towers with a learning rate
     loss: Loss = field(default_factory=Loss)
     save: Save = field(default_factory=Save)
@@ -111,6 +111,8 @@ class Recipe:
             raise ValueError(f"batch={self.batch} is not a multiple of micro_batch={self.micro_batch}")
         if self.model.min_pixels and self.model.max_pixels and self.model.min_pixels > self.model.max_pixels:
             raise ValueError("model.min_pixels is larger than model.max_pixels")
+        if self.optim.schedule == "constant" and self.optim.warmup_steps:
+            raise ValueError("optim.warmup_steps: the schedule 'constant' has no warm-up; use constant_with_warmup")
         if not any(self.trains(tower) for tower in TOWERS):
             raise ValueError("nothing would be trained: every tower has learning rate 0 or LoRA rank 0")
 
@@ -134,6 +136,8 @@ def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode, deep: bool
     seen = set()
     for key, _ in node.value:
         name = loader.construct_object(key, deep=True)
+        if not isinstance(name, (str, int, float)):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key.start_mark)
         if name in seen:
             raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is given twice", key.start_mark)
         seen.add(name)
@@ -156,13 +160,30 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def build(kind: type, values: dict[str, Any], where: str | Path) -> Any:
-    """Values to a dataclass. RecipeError says which key is wrong and suggests the nearest name."""
+def build(kind: type, values: dict[str, Any], where: str | Path, layers: Iterable[tuple[str | Path, dict]] = ()) -> Any:
+    """Values to a dataclass. RecipeError says which key is wrong and suggests the nearest name.
+
+    layers: (place, values) of what `values` was merged from, the lowest first: a mistake is reported at the place it was made.
+    """
     try:
         # As JSON, because strict validation of Python objects would ask for instances of the nested dataclasses.
         return TypeAdapter(kind).validate_json(json.dumps(values, default=str))
     except ValidationError as error:
-        raise RecipeError("\n".join(_explain(kind, problem, where) for problem in error.errors())) from None
+        lines = []
+        for problem in error.errors():
+            places = [place for place, layer in layers if _holds(layer, problem["loc"])]
+            lines.append(_explain(kind, problem, places[-1] if places and problem["loc"] else where))
+        raise RecipeError("\n".join(lines)) from None
+
+
+def _holds(values: Any, path: Iterable[str | int]) -> bool:
+    for part in path:
+        if not isinstance(values, dict):
+            return True                         # the mistake is above the end of the path
+        if part not in values:
+            return False
+        values = values[part]
+    return True
 
 
 def _explain(kind: type, problem: dict, where: str | Path) -> str:
@@ -229,25 +250,37 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """
     path = Path(path)
     values = read_yaml(path)
+    layers: list[tuple[str | Path, dict]] = [(path, values)]
     if "base" in values:
-        base_path = path.parent / str(values.pop("base"))
+        name = values.pop("base")
+        base_path = path.parent / str(name)
+        if not isinstance(name, str) or not base_path.is_file():
+            raise RecipeError(f"{path}: base: no such file: {name}")
         base = read_yaml(base_path)
         if "base" in base:
             raise RecipeError(f"{path}: base: {base_path} has a base itself; a base stands alone")
+        layers.insert(0, (base_path, base))
         values = merge(base, values)
     for text in overrides:
         keys, value = parse_override(text)
         for key in reversed(keys):
             value = {key: value}
+        layers.append((f"override {text}", value))
         values = merge(values, value)
-    recipe = build(Recipe, values, path)
+    recipe = build(Recipe, values, path, layers)
     mixture = find_beside(recipe.data.mixture, path.resolve().parent)
     if mixture is None:
         raise RecipeError(f"{path}: data.mixture: no such file: {recipe.data.mixture}")
     values["data"] = {**values["data"], "mixture": _short(mixture)}
     if recipe.run_dir is None:
-        values["run_dir"] = str(Path("runs") / path.resolve().parent.name / f"{recipe.name}-seed{recipe.seed}")
+        values["run_dir"] = str(Path("runs") / _place(path.resolve().parent) / f"{recipe.name}-seed{recipe.seed}")
     return build(Recipe, values, path)
+
+
+def _place(folder: Path) -> str:
+    """The recipe's folder as seen from `recipes`: demo, qwen2_5_vl_3b/sft."""
+    parts = folder.parts
+    return str(Path(*parts[parts.index("recipes") + 1:])) if "recipes" in parts[:-1] else folder.name
 
 
 def _short(path: Path) -> str:

@@ -25,6 +25,7 @@ import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass as checked
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from typing_extensions import Annotated
 
@@ -87,7 +88,7 @@ class Mixture:
             raise RecipeError(f"{self.path}: the rates sum to {total:.6g}; they must sum to 1")
         self.problems: dict[str, list[Problem]] = {}
         self.partners: dict[str, list[Problem | None]] = {}
-        self.hashes: dict[str, str] = {}
+        self.hashes: dict[str, str] = {str(self.path): file_sha256(self.path)}      # of everything the order depends on
         self.parts: list[Part] = []
         for name, source in spec.sources.items():
             file = find_beside(source.problems, self.path.resolve().parent)
@@ -164,10 +165,10 @@ class Mixture:
         """Rows, epochs and tokens per source and view. Tokens are means over up to `sample` conversations."""
         drawn = Counter(self._entries.tolist())
         table = Table("source", "view", "rate", "turns", "conversations", "drawn", "epochs", "tokens", "image tokens",
-                      "answer tokens", title=f"{self.path}: {len(self)} draws", title_justify="left")
+                      "answer tokens", title=escape(f"{self.path}: {len(self)} draws"), title_justify="left")
         for i, part in enumerate(self.parts):
             tokens = [f"{mean:.0f}" for mean in self.mean_tokens(part, encoder, sample)] if encoder else ["-"] * 3
-            table.add_row(part.source, part.view.value, f"{part.rate:g}", str(part.turns), str(len(part.units)), str(drawn[i]),
+            table.add_row(escape(part.source), part.view.value, f"{part.rate:g}", str(part.turns), str(len(part.units)), str(drawn[i]),
                           f"{drawn[i] / len(part.units):.2f}", *tokens)
         return table
 
@@ -192,21 +193,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--items", type=int, default=5, help="how many of the first items to print")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
-        from data_prep.encode import Encoder
+        from training.collate import load_encoder
 
         recipe = load_recipe(args.recipe, args.overrides)
         mixture = load_mixture(recipe)
-        encoder = Encoder(recipe.model.name, min_pixels=recipe.model.min_pixels, max_pixels=recipe.model.max_pixels)
-    except (RecipeError, ProblemError) as error:
-        raise SystemExit(str(error)) from error
+        encoder = load_encoder(recipe.model)
+    except (RecipeError, ProblemError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
     console = Console()
     console.print(mixture.table(encoder))
     for number in range(min(args.items, len(mixture))):
         draw = mixture.draw(number)
         messages, _, _ = mixture.conversation(draw)
-        console.rule(f"{number}: {draw.source} {draw.view.value}: {', '.join(mixture.problems[draw.source][i].id for i in draw.problems)}")
+        ids = ", ".join(mixture.problems[draw.source][i].id for i in draw.problems)
+        console.rule(escape(f"{number}: {draw.source} {draw.view.value}: {ids}"))
         for message in messages:
             content = message["content"]
             text = content if isinstance(content, str) else "".join(p.get("text", "<picture>\n") for p in content)

@@ -28,7 +28,7 @@ class RunFolder:
 
     def __init__(self, recipe: Recipe, *, resume: bool) -> None:
         self.path = Path(recipe.run_dir)
-        plain = recipe.to_dict()
+        self._recipe = plain = recipe.to_dict()
         recorded = self.path / "recipe.yaml"
         if recorded.exists():
             if not resume:
@@ -36,8 +36,6 @@ class RunFolder:
             old = yaml.safe_load(recorded.read_text(encoding="utf-8"))
             if old != plain:
                 raise RecipeError(f"{self.path} holds a run of another recipe; it differs in {', '.join(_differences(old, plain))}")
-        self.path.mkdir(parents=True, exist_ok=True)
-        recorded.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
 
     @property
     def info(self) -> dict[str, Any]:
@@ -53,11 +51,14 @@ class RunFolder:
         write_json(self.path / "run.json", {**self.info, **values})
 
     def start(self, data_hashes: dict[str, str]) -> None:
-        """Record the parents. Raises RecipeError when a resumed run's data files have changed."""
+        """Begin the folder with the recipe and the parents: not before everything could be read, so that a run that never
+        began leaves nothing to resume. Raises RecipeError when a resumed run's data files have changed."""
         old = self.info.get("data")
         if old is not None and old != data_hashes:
             changed = sorted(set(old.items()) ^ set(data_hashes.items()))
             raise RecipeError(f"{self.path}: the data changed since the run began: {', '.join(sorted({name for name, _ in changed}))}")
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "recipe.yaml").write_text(yaml.safe_dump(self._recipe, sort_keys=False), encoding="utf-8")
         self.record(**parents(), data=data_hashes, command=sys.argv, finished=False,
                     device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", threads=torch.get_num_threads())
 

@@ -27,7 +27,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from data_prep.encode import Encoder
 from data_prep.problem import OPEN_TAIL, RENDERED_TEXT, TAIL, Problem, View, render
 from data_prep.provenance import parents, write_json
-from data_prep.twins.drills import DESCRIBE, drills
+from data_prep.twins.drills import DESCRIBE, drills, in_any_order
 from data_prep.twins.questions import KINDS, Balance, Question, ask
 from data_prep.twins.worlds import FAMILIES, LEVELS, World, draw, sample_world
 from training.collate import Collator
@@ -68,13 +68,14 @@ class Stage(NamedTuple):
     batch: int
     lr: float
     rates: dict[str, float]
-    levels: int             # hardest level at the start; it rises by one when three answers of four are right
+    levels: int             # hardest level at the start; it rises by one with the share of right tokens
+    schedule: str = "constant_with_warmup"
     warmup: int = 50
 
 
 STAGES = (
-    Stage("language", 1500, 48, 3e-3, {"text": 0.85, "copy": 0.15}, levels=1),
-    Stage("both", 600, 48, 1.5e-3, {"both": 0.5, "text": 0.2, "describe": 0.2, "vision": 0.1}, levels=4),
+    Stage("language", 1000, 48, 3e-3, {"text": 0.75, "copy": 0.25}, levels=2),
+    Stage("both", 600, 48, 1.5e-3, {"both": 0.5, "text": 0.2, "describe": 0.2, "vision": 0.1}, levels=4, schedule="cosine"),
 )
 
 
@@ -155,7 +156,8 @@ class TwinStream:
         if way in ("copy", "describe"):
             text = DESCRIBE["facts" if way == "copy" else "picture"]
             content = [{"type": "text", "text": f"Facts: {world.facts}\n{text}" if way == "copy" else text}]
-            messages = [{"role": "user", "content": content}, {"role": "assistant", "content": world.facts}]
+            answer = in_any_order(world, rng) if way == "copy" else world.facts
+            messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
         else:
             messages = []
             for turn, problem in enumerate(_problems(world, rng, Balance(), number)):
@@ -181,8 +183,42 @@ class Curriculum(TrainerCallback):
             write_json(self.path, {"level": self.stream.level, "step": state.global_step})
 
 
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon on the matrices of hidden layers and AdamW on everything else, as one optimizer.
+
+    From random weights it leaves the plateaus of this model in half of AdamW's steps.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float]) -> None:
+        matrices, others = [], []
+        for name, parameter in model.named_parameters():
+            hidden = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
+            (matrices if hidden else others).append(parameter)
+        self.parts = (torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+                      torch.optim.AdamW(others, lr=lr, weight_decay=0.0, betas=betas))
+        for part, tower in zip(self.parts, ("matrices", "others")):
+            part.param_groups[0]["tower"] = tower
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    def step(self, closure=None) -> None:
+        for part in self.parts:
+            part.step(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for part, values in zip(self.parts, state["parts"]):
+            part.load_state_dict(values)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
 class TinyTrainer(VisionSFTTrainer):
-    """Muon on the matrices of hidden layers, AdamW on the rest: from scratch it leaves the plateaus in half the steps."""
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            optim = self.recipe.optim
+            self.optimizer = MuonAndAdamW(self.model, lr=optim.lr.language, weight_decay=optim.weight_decay, betas=tuple(optim.betas))
+        return self.optimizer
 
 
 def pretrain(stage: Stage, start: Path, out: Path, seed: int) -> None:
@@ -194,7 +230,7 @@ def pretrain(stage: Stage, start: Path, out: Path, seed: int) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(
         name=stage.name, model=Model(name=str(start), dtype="float32"), data=Data(mixture="twins, drawn as needed"), lora=None,
-        optim=Optim(lr=TowerRates(*[stage.lr] * 3), schedule="constant_with_warmup", warmup_steps=stage.warmup, weight_decay=0.01,
+        optim=Optim(lr=TowerRates(*[stage.lr] * 3), schedule=stage.schedule, warmup_steps=stage.warmup, weight_decay=0.01,
                     betas=[0.9, 0.95]),
         steps=stage.steps, batch=stage.batch, micro_batch=stage.batch, seed=seed, save=Save(every=100), log_every=25)
     transformers.set_seed(seed)
@@ -202,7 +238,7 @@ def pretrain(stage: Stage, start: Path, out: Path, seed: int) -> None:
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
     stream = TwinStream(stage, seed)
     trainer = TinyTrainer(model, recipe, Collator(stream, encoder), sft_arguments(recipe, run_dir), callbacks=[
-        MarkComplete(), Metrics(run_dir / "metrics.jsonl", stage.batch), Curriculum(stream, 0.75, run_dir / "level.json")])
+        MarkComplete(), Metrics(run_dir / "metrics.jsonl", stage.batch), Curriculum(stream, 0.88, run_dir / "level.json")])
     checkpoint = last_checkpoint(run_dir)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     save_folder(model, encoder, out)
@@ -212,3 +248,31 @@ def save_folder(model: Any, encoder: Any, out: Path) -> None:
     model.save_pretrained(out)
     encoder.tokenizer.save_pretrained(out)
     encoder.image_processor.save_pretrained(out)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.tiny", description="Build the embedded model from a seed.")
+    parser.add_argument("--out", type=Path, default=Path("assets/tiny"))
+    parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="stages and checkpoints; the same command continues")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+    start = args.work / "random"
+    if not (start / "model.safetensors").exists():
+        tokenizer = build_tokenizer()
+        tokenizer.save_pretrained(start)
+        Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=28 * 28 * 1280).save_pretrained(start)
+        transformers.set_seed(args.seed)
+        save_folder(Qwen2_5_VLForConditionalGeneration(build_config(tokenizer)), Encoder(start), start)
+    for stage in STAGES:
+        pretrain(stage, start, args.work / stage.name, args.seed)
+        start = args.work / stage.name
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+    save_folder(model, Encoder(start), args.out)
+    write_json(args.out / "build.json", {**parents(), "seed": args.seed, "stages": [stage._asdict() for stage in STAGES],
+                                         "parameters": sum(p.numel() for p in model.parameters())})
+    print(f"{args.out} is written")
+
+
+if __name__ == "__main__":
+    main()

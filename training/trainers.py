@@ -1,12 +1,15 @@
 """Thin subclasses of TRL's trainers. No method lives here: batches carry views and weights, losses are pure functions."""
 
 import json
+import os
+import shutil
 import time
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from training.collate import Collator
@@ -43,7 +46,7 @@ def sft_arguments(recipe: Recipe, run_dir: Path, *, world_size: int = 1, deepspe
         # The order is the mixture's: draw n is row n, for any number of ranks and workers, and a resumed run skips by index.
         train_sampling_strategy="sequential", dataloader_num_workers=recipe.data.workers,
         dataloader_persistent_workers=recipe.data.workers > 0, dataloader_pin_memory=cuda,
-        save_strategy="steps", save_steps=recipe.save.every, save_total_limit=recipe.save.keep,
+        save_strategy="steps", save_steps=recipe.save.every,
         logging_steps=recipe.log_every, logging_first_step=True, logging_nan_inf_filter=False,
         report_to=["tensorboard"], disable_tqdm=True, deepspeed=deepspeed)
 
@@ -63,6 +66,8 @@ class VisionSFTTrainer(SFTTrainer):
         super().__init__(model=model, args=args, data_collator=collator, train_dataset=draws,
                          processing_class=collator.encoder.tokenizer, callbacks=list(callbacks))
         self.model_accepts_loss_kwargs = True
+        self._counted = torch.zeros(3)      # since the last log: trained tokens, those predicted right, sum of their entropies
+        self.remove_callback(PrinterCallback)       # the progress bar and metrics.jsonl say the same
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -73,7 +78,7 @@ class VisionSFTTrainer(SFTTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         if not batch_samples:
             return None
-        total = torch.stack([batch["loss_weight"].sum() for batch in batch_samples]).sum().to(device)
+        total = torch.stack([batch["loss_weight"][:, 1:].sum() for batch in batch_samples]).sum().to(device)
         return self.accelerator.gather(total).sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -82,29 +87,44 @@ class VisionSFTTrainer(SFTTrainer):
         total = weight.sum() if num_items_in_batch is None else num_items_in_batch
         # Ranks average their gradients, while the total is that of all ranks.
         loss = weighted_nll(outputs.log_probs, weight, total) * self.accelerator.num_processes
-        mode = "train" if self.model.training else "eval"
-        trained = outputs.label_mask.sum().clamp(min=1)
-        self._metrics[mode]["token_accuracy"].append((outputs.is_top1.sum() / trained).item())
-        self._metrics[mode]["entropy"].append((outputs.entropy.detach().sum() / trained).item())
+        self._counted = self._counted.to(loss.device) + torch.stack(
+            [outputs.label_mask.sum(), outputs.is_top1.sum(), outputs.entropy.detach().sum()]).float()
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "learning_rate" in logs:
-            logs.pop("learning_rate")
-            for group in self.optimizer.param_groups:
-                logs[f"lr_{group['tower']}"] = group["lr"]
+        if logs.pop("learning_rate", None) is not None:
+            logs.update(self._rates)
+            tokens, right, entropy = self.accelerator.reduce(self._counted, reduction="sum").tolist()
+            logs["token_accuracy"], logs["entropy"] = right / max(tokens, 1), entropy / max(tokens, 1)
+            self._counted = torch.zeros(3)
         super().log(logs, start_time)
+
+    def _get_learning_rate(self) -> float:
+        """Called between the optimizer's step and the schedule's: the rates that the step was made with."""
+        self._rates = {f"lr_{group['tower']}": group["lr"] for group in self.optimizer.param_groups}
+        return super()._get_learning_rate()
 
     def create_model_card(self, *args, **kwargs) -> None:
         """TRL writes a card into every checkpoint; ours belongs to the finished run."""
 
 
 class MarkComplete(TrainerCallback):
-    """Writes the mark of a whole checkpoint, after everything else in it."""
+    """Writes the mark of a whole checkpoint, after everything else in it, and only then deletes all but the last `keep`.
+
+    (The trainer itself would delete older ones first, so that a process killed in between had none left.)
+    """
+
+    def __init__(self, keep: int = 2) -> None:
+        self.keep = keep
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        PartialState().wait_for_everyone()      # every rank writes its own random state into the checkpoint
+        if not state.is_world_process_zero:
+            return
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        for old in sorted(Path(args.output_dir).glob("checkpoint-*"), key=_step_of)[:-self.keep]:
+            (old / COMPLETE).unlink(missing_ok=True)
+            shutil.rmtree(old)
 
 
 class Metrics(TrainerCallback):
@@ -119,12 +139,28 @@ class Metrics(TrainerCallback):
             return
         from tqdm import tqdm
 
-        # Lines logged after the checkpoint that a run continues from are logged again.
-        if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step]
-            self.path.write_text("".join(f"{line}\n" for line in kept))
+        self._seconds_before = self._forget_after(state.global_step)
         self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.path.parent.name, unit="step", mininterval=2)
         self._start = (time.perf_counter(), state.global_step)
+
+    def _forget_after(self, step: int) -> float:
+        """Drop the lines after the checkpoint that a run continues from, which are logged again; seconds up to there."""
+        rows = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:        # cut off when the process was killed
+                continue
+        rows = [row for row in rows if row["step"] <= step]
+        part = self.path.with_name(self.path.name + ".part")
+        part.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        os.replace(part, self.path)
+        return rows[-1].get("seconds", 0.0) if rows else 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of training, over all resumed parts."""
+        return self._seconds_before + time.perf_counter() - self._start[0]
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self._bar is not None:
@@ -136,7 +172,7 @@ class Metrics(TrainerCallback):
         seconds, steps = time.perf_counter() - self._start[0], state.global_step - self._start[1]
         rate = steps * self.batch / seconds
         self._bar.set_postfix(loss=f"{logs['loss']:.3f}", examples_per_s=f"{rate:.1f}")
-        row = {"step": state.global_step, **logs, "examples_per_s": round(rate, 2)}
+        row = {"step": state.global_step, **logs, "examples_per_s": round(rate, 2), "seconds": round(self.seconds, 1)}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -148,4 +184,8 @@ class Metrics(TrainerCallback):
 def last_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint that was written to its end."""
     whole = [mark.parent for mark in (run_dir / "checkpoints").glob(f"checkpoint-*/{COMPLETE}")]
-    return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+    return max(whole, key=_step_of, default=None)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])

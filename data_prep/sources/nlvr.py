@@ -46,6 +46,13 @@ def _object(item: dict) -> str:
     return f"{SIZES[size]} {COLORS[item['color']][0]} {item['type']} at x {x}-{x + size}, y {y}-{y + size}"
 
 
+def kind(boxes: Sequence[Sequence[dict]]) -> str | None:
+    """How the picture was drawn: "tower" (blocks piled up) or "scatter"; None when no box tells them apart."""
+    if any(len({item["x_loc"] for item in box}) > 1 or any(item["type"] != "square" for item in box) for box in boxes):
+        return "scatter"
+    return "tower" if any(len(box) > 1 for box in boxes) else None
+
+
 def agreement(picture: Image.Image, boxes: Sequence[Sequence[dict]]) -> float:
     """Share of the objects whose colour is found at their centre in the picture (400x100, RGB)."""
     hits = []
@@ -106,6 +113,8 @@ def _build(row: dict, _: Row, *, split: str, folder: Path, orders: Sequence[int]
     boxes, sentence = _boxes(row), take(row, "sentence", str).strip()
     votes = list(take(row, "evals", dict).values())
     meta = {"answer_with": "text", "split": split, "votes": len(votes), "votes_agree": votes.count(row["label"])}
+    if (drawn := kind(boxes)) is not None:
+        meta["kind"] = drawn
     return [_draft(identifier, label, sentence, boxes, meta, row, order, split, folder) for order in orders]
 
 

@@ -62,7 +62,7 @@ def _build(row: dict, _: Row, *, template: str, folder: Path) -> list[Draft]:
         options=options,
         answer=str(take(row, "answer", str, int)),
         license=LICENSE,
-        meta={"answer_with": "letter", "template": template, "text_sufficient": sufficient},
+        meta={"answer_with": "letter", "kind": template, "text_sufficient": sufficient},
     )
     return [Draft(problem, picture)]
 

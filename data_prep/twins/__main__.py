@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         counts = write(args.out, args.pictures, seed=args.seed, families=args.families, levels=args.levels)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     for split, n in counts.items():
         print(f"{args.out / split}.jsonl: {n} problems about {args.pictures[split]} pictures")

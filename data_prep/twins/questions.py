@@ -6,7 +6,7 @@ Kinds: `lookup`, `count`, `existence`, `compare`, `relation`. Every kind propose
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -54,10 +54,13 @@ def ask(world: World, rng: random.Random, balance: Balance, kinds: tuple[str, ..
     return [question for question in chosen if question is not None]
 
 
-def _options(rng: random.Random, answer: str, others: list[str], n: int = 4) -> tuple[str, ...]:
-    """The answer among up to n - 1 others, sorted: the order in which they are shown is decided where they are shown."""
-    others = sorted(set(others) - {answer})
-    return tuple(sorted([answer, *rng.sample(others, min(n - 1, len(others)))]))
+def _options(rng: random.Random, answer: str, others: list[str], first: Iterable[str] = (), n: int = 4) -> tuple[str, ...]:
+    """The answer among up to n - 1 others, those of `first` before the rest, sorted: the order in which they are shown is decided
+    where they are shown."""
+    first = sorted(set(first) & set(others) - {answer})
+    rest = sorted(set(others) - set(first) - {answer})
+    wrong = rng.sample(first, len(first)) + rng.sample(rest, len(rest))
+    return tuple(sorted([answer, *wrong[:n - 1]]))
 
 
 def _lookup(world: World, rng: random.Random) -> Iterator[Question]:
@@ -75,7 +78,9 @@ def _lookup(world: World, rng: random.Random) -> Iterator[Question]:
             values = sorted({v[which] for v in possible_values(world.family, thing.place)})
             if world.family != "shapes":
                 values = [v for v in values if allowed(v)]
-            yield Question("lookup", text, thing.values[which], _options(rng, thing.values[which], values), text)
+            # What stands elsewhere comes first among the wrong options, or "which of these is there" would be answer enough.
+            elsewhere = [other.values[which] for other in world.things]
+            yield Question("lookup", text, thing.values[which], _options(rng, thing.values[which], values, elsewhere), text)
 
 
 def _count(world: World, rng: random.Random) -> Iterator[Question]:
@@ -130,7 +135,8 @@ def _relation(world: World, rng: random.Random) -> Iterator[Question]:
         for bar, right in zip(world.things, world.things[1:]):
             text = f"Which bar is just right of the {bar.place} bar?"
             others = [colour for colour in COLOURS if colour != bar.place]
-            yield Question("relation", text, right.place, _options(rng, right.place, others), text)
+            options = _options(rng, right.place, others, (other.place for other in world.things))
+            yield Question("relation", text, right.place, options, text)
     elif world.family == "paths":
         yield from _leads_to(world)
     else:

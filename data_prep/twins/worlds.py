@@ -74,7 +74,7 @@ class World:
 
 
 def is_new(family: str, thing: Thing) -> bool:
-    """Whether the thing is one of the combinations kept for `test_new` (each value in at least one, none in all)."""
+    """Whether the thing is one of the combinations kept for `test_new`; place and value are each known from other ones."""
     if family == "shapes":                  # a colour with a shape
         colour, shape = thing.values
         return list(COLOURS).index(colour) == SHAPES.index(shape)

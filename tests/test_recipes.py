@@ -1,0 +1,62 @@
+"""Every recipe that ships loads and trains a few steps; a new one is found by a glob, never by a list."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import train
+from data_prep.twins.__main__ import write
+from training.config import load_recipe, read_yaml
+from training.mixture import Mixture
+from training.trainers import COMPLETE
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted(path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "mixtures")
+MIXTURES = sorted((ROOT / "recipes" / "mixtures").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder where every problem file that a mixture names exists, filled with twins."""
+    place = tmp_path_factory.mktemp("workplace")
+    write(place / "twins", {"train": 48}, seed=1)
+    for mixture in MIXTURES:
+        for source in read_yaml(mixture)["sources"].values():
+            folder = place / Path(source["problems"]).parent
+            if not folder.exists():
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                folder.symlink_to(place / "twins")
+    return place
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=str)
+def test_recipe_trains(path, workplace, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(workplace)
+    run_dir = workplace / "runs" / path.with_suffix("")
+    words = [f"model.name={ROOT / 'assets' / 'tiny'}", "model.dtype=float32", "model.max_pixels=null", "data.workers=0", "steps=2",
+             "batch=4", "micro_batch=2", "optim.warmup_steps=0", "save.every=1", "log_every=1", f"run_dir={run_dir}"]
+    train.main([str(ROOT / path), *words])
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(0 < row["loss"] < 20 for row in rows)
+    assert (run_dir / "adapter" / "adapter_model.safetensors").stat().st_size > 0
+    assert (run_dir / "checkpoints" / "checkpoint-2" / COMPLETE).exists()
+    recipe = load_recipe(ROOT / path, words)
+    assert [row["lr_language"] for row in rows][0] == pytest.approx(recipe.optim.lr.language)
+
+
+@pytest.mark.parametrize("path", MIXTURES, ids=lambda path: path.name)
+def test_mixture_loads(path, workplace, monkeypatch) -> None:
+    monkeypatch.chdir(workplace)
+    assert len(Mixture(path, seed=0, draws=10)) == 10
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=str)
+def test_dry_run(path, workplace, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr("training.model.load_base", lambda *a: pytest.fail("a dry run loads no weights"))
+    train.main([str(ROOT / path), f"model.name={ROOT / 'assets' / 'tiny'}", "--dry-run"])
+    shown = capsys.readouterr().out
+    for word in ("learning rate", "vision", "merger", "language", "answer", "memory", "image tokens per picture"):
+        assert word in shown, word
