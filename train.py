@@ -7,11 +7,13 @@ No method lives here: a recipe names the mixture, the losses and the pace of eac
 """
 
 import argparse
+import logging
 import os
 import shlex
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +34,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    quiet()
     from data_prep.problem import ProblemError
     from data_prep.provenance import offline_if_local
     from training.config import RecipeError, load_recipe
@@ -55,6 +58,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
 
 
+def quiet() -> None:
+    """No warnings of libraries about each other, which a user can do nothing about. Call it before they are imported."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    for name in ("transformers.trainer", "bitsandbytes.backends.cpu.ops"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def dry_run(recipe) -> None:
     import yaml
     from rich.console import Console
@@ -75,9 +85,6 @@ def dry_run(recipe) -> None:
 
 
 def train(recipe, *, resume: bool, deepspeed: str | None = None) -> None:
-    import logging
-
-    import torch
     import transformers
     from rich.console import Console
 
@@ -95,7 +102,6 @@ def train(recipe, *, resume: bool, deepspeed: str | None = None) -> None:
         console.print(f"{folder.path} is finished: {recipe.steps} steps, {folder.info['seconds']:.0f} s")
         return
     run_dir = Path(recipe.run_dir)
-    logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     transformers.set_seed(recipe.seed)
     mixture = load_mixture(recipe)
     encoder = load_encoder(recipe.model)

@@ -30,6 +30,7 @@ def recipe(tmp_path):
             text = "\n".join(new if line.startswith(old) else line for line in text.splitlines())
         (tmp_path / file).write_text(text, encoding="utf-8")
         return tmp_path / file
+
     return write
 
 
@@ -65,9 +66,14 @@ def test_numbers_as_people_write_them(recipe, number):
 
 WRONG = {
     "misspelt": ({"steps": "stepz: 10"}, ["stepz: no such key", "did you mean 'steps'"]),
-    "misspelt below": ({"  lr": "  lr: {vison: 1e-4, merger: 1e-4, language: 1e-4}"},
-                       ["optim.lr.vison: no such key", "did you mean 'vision'"]),
-    "misspelt three deep": ({"steps": "steps: 10\nlora: {vision: {rnk: 4}}"}, ["lora.vision.rnk: no such key", "did you mean 'rank'"]),
+    "misspelt below": (
+        {"  lr": "  lr: {vison: 1e-4, merger: 1e-4, language: 1e-4}"},
+        ["optim.lr.vison: no such key", "did you mean 'vision'"],
+    ),
+    "misspelt three deep": (
+        {"steps": "steps: 10\nlora: {vision: {rnk: 4}}"},
+        ["lora.vision.rnk: no such key", "did you mean 'rank'"],
+    ),
     "unlike any": ({"steps": "steps: 10\nzzzqqq: 1"}, ["zzzqqq: no such key"]),
     "text for a number": ({"steps": "steps: ten"}, ["steps: ", "integer", "'ten'"]),
     "quoted number": ({"steps": "steps: '10'"}, ["steps: ", "integer"]),
@@ -86,12 +92,20 @@ WRONG = {
     "batch": ({"micro_batch": "micro_batch: 3"}, ["batch=8 is not a multiple of micro_batch=3"]),
     "nothing trained": ({"  lr": "  lr: {vision: 0, merger: 0, language: 0}"}, ["nothing would be trained"]),
     "nothing trained by rank": ({"steps": "steps: 10\nlora: {language: {rank: 0}}"}, ["nothing would be trained"]),
-    "no warm-up in this schedule": ({"optim": "optim:\n  schedule: constant\n  warmup_steps: 5"},
-                                    ["optim.warmup_steps", "constant_with_warmup"]),
-    "pixels": ({"model": "model: {name: m, min_pixels: 10, max_pixels: 5}"}, ["model.min_pixels is larger than model.max_pixels"]),
+    "no warm-up in this schedule": (
+        {"optim": "optim:\n  schedule: constant\n  warmup_steps: 5"},
+        ["optim.warmup_steps", "constant_with_warmup"],
+    ),
+    "pixels": (
+        {"model": "model: {name: m, min_pixels: 10, max_pixels: 5}"},
+        ["model.min_pixels is larger than model.max_pixels"],
+    ),
     "missing mixture": ({"data": "data: {mixture: nowhere.yaml}"}, ["data.mixture: no such file: nowhere.yaml"]),
     "repeated key": ({"steps": "steps: 10\nsteps: 20"}, ["the key 'steps' is given twice", "line 7"]),
-    "repeated key below": ({"data": "data: {mixture: mix.yaml, mixture: b.yaml}"}, ["the key 'mixture' is given twice"]),
+    "repeated key below": (
+        {"data": "data: {mixture: mix.yaml, mixture: b.yaml}"},
+        ["the key 'mixture' is given twice"],
+    ),
     "broken YAML": ({"data": "data: {mixture: [}"}, ["not valid YAML", "line 3"]),
     "key that is no text": ({"steps": "steps: 10\n? [a, b]\n: 1"}, ["not valid YAML"]),
     "tag": ({"steps": "steps: !!python/object/apply:os.getcwd []"}, ["not valid YAML"]),
@@ -112,8 +126,16 @@ def test_all_wrong_keys_are_named_at_once(recipe):
     assert "stepz" in message and "nam:" in message and "name: is missing" in message
 
 
-@pytest.mark.parametrize("content, said", ((None, "cannot be read"), (b"\xff\xfe", "cannot be read"), (b"", "a mapping"),
-                                           (b"- a\n- b\n", "a mapping"), (b"just text", "a mapping")))
+@pytest.mark.parametrize(
+    "content, said",
+    (
+        (None, "cannot be read"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"", "a mapping"),
+        (b"- a\n- b\n", "a mapping"),
+        (b"just text", "a mapping"),
+    ),
+)
 def test_a_file_that_is_no_recipe(tmp_path, content, said):
     path = tmp_path / "r.yaml"
     if content is not None:
@@ -156,14 +178,35 @@ def test_a_base_that_is_no_file(recipe, base):
 
 
 def test_overrides(recipe):
-    loaded = load_recipe(recipe(), ["steps=3", "optim.lr.vision=0", "lora=null", "name=x=y", "data.skip_bad=true", "steps=4"])
-    assert (loaded.steps, loaded.optim.lr.vision, loaded.lora, loaded.name, loaded.data.skip_bad) == (4, 0, None, "x=y", True)
+    loaded = load_recipe(
+        recipe(), ["steps=3", "optim.lr.vision=0", "lora=null", "name=x=y", "data.skip_bad=true", "steps=4"]
+    )
+    assert (loaded.steps, loaded.optim.lr.vision, loaded.lora, loaded.name, loaded.data.skip_bad) == (
+        4,
+        0,
+        None,
+        "x=y",
+        True,
+    )
 
 
-@pytest.mark.parametrize("text, said", (
-    ("steps", "key=value is needed"), ("=3", "key=value is needed"), ("a b=3", "key=value is needed"), ("steps.=3", "key=value is needed"),
-    ("--steps=3", "key=value is needed"), ("steps=[", "not a value"), ("steps=", "steps: "), ("steps=x", "steps: "), ("stepz=3", "did you mean 'steps'"),
-    ("optim.lr.vison=3", "did you mean 'vision'"), ("steps.a=3", "steps: "), ("base=other.yaml", "base")))
+@pytest.mark.parametrize(
+    "text, said",
+    (
+        ("steps", "key=value is needed"),
+        ("=3", "key=value is needed"),
+        ("a b=3", "key=value is needed"),
+        ("steps.=3", "key=value is needed"),
+        ("--steps=3", "key=value is needed"),
+        ("steps=[", "not a value"),
+        ("steps=", "steps: "),
+        ("steps=x", "steps: "),
+        ("stepz=3", "did you mean 'steps'"),
+        ("optim.lr.vison=3", "did you mean 'vision'"),
+        ("steps.a=3", "steps: "),
+        ("base=other.yaml", "base"),
+    ),
+)
 def test_bad_overrides(recipe, text, said):
     message = refusal(recipe(), [text])
     assert text in message and said in message
@@ -172,7 +215,10 @@ def test_bad_overrides(recipe, text, said):
 def test_parse_override_and_merge():
     assert parse_override("a.b=1e-4") == (["a", "b"], 1e-4)
     assert parse_override("a={b: [1, 2]}") == (["a"], {"b": [1, 2]})
-    assert merge({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 5}, "d": {"e": 1}}) == {"a": {"b": 5, "c": 2}, "d": {"e": 1}}
+    assert merge({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 5}, "d": {"e": 1}}) == {
+        "a": {"b": 5, "c": 2},
+        "d": {"e": 1},
+    }
 
 
 def test_mixture_is_found_beside_the_recipe_or_above_it(tmp_path, monkeypatch):
@@ -182,7 +228,7 @@ def test_mixture_is_found_beside_the_recipe_or_above_it(tmp_path, monkeypatch):
     above.touch()
     outside.touch()
     assert find_beside("mix.yaml", deep) == above
-    assert find_beside("out.yaml", deep) is None           # nothing above the folder of recipes
+    assert find_beside("out.yaml", deep) is None  # nothing above the folder of recipes
     monkeypatch.chdir(tmp_path)
     assert find_beside("out.yaml", deep) == Path("out.yaml")
 

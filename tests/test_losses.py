@@ -21,7 +21,7 @@ def test_weighted_nll_by_hand():
 def test_the_step_may_be_cut_anywhere():
     log_probs, weight = -torch.rand(8, 5), torch.rand(8, 5)
     whole = weighted_nll(log_probs, weight, weight.sum())
-    parts = sum(weighted_nll(log_probs[i:i + 2], weight[i:i + 2], weight.sum()) for i in range(0, 8, 2))
+    parts = sum(weighted_nll(log_probs[i : i + 2], weight[i : i + 2], weight.sum()) for i in range(0, 8, 2))
     torch.testing.assert_close(parts, whole)
 
 
@@ -47,6 +47,8 @@ def test_rows_share_a_weight_of_one():
     assert loss_weights(trained, "rows").dtype == loss_weights(trained, "tokens").dtype == np.float32
 
 
-@pytest.mark.parametrize("trained, expected", (([1, 1], [0.5, 0.5]), ([1, 0, 1], [1, 0, 1]), ([0, 0], [0, 0]), ([1], [1]), ([], [])))
+@pytest.mark.parametrize(
+    "trained, expected", (([1, 1], [0.5, 0.5]), ([1, 0, 1], [1, 0, 1]), ([0, 0], [0, 0]), ([1], [1]), ([], []))
+)
 def test_rows_at_the_edges(trained, expected):
     assert loss_weights(np.array(trained, dtype=bool), "rows").tolist() == expected

@@ -1,4 +1,4 @@
-"""Mixtures: rates, order, epochs, turns, and that the order depends on nothing but the mixture, the data and the seed."""
+"""Mixtures: rates, epochs, turns, and an order that depends on nothing but the mixture, the data and the seed."""
 
 import json
 from collections import Counter
@@ -15,6 +15,7 @@ from training.config import RecipeError, load_recipe
 from training.mixture import Draw, Mixture, load_mixture
 
 from .conftest import picture
+from .running import trainer_of
 
 VIEWS = {"vision": 0.5, "both": 0.3, "text": 0.2}
 
@@ -27,17 +28,43 @@ def mixture_file(folder: Path, sources: dict) -> Path:
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory):
-    """12 pictures; picture n has n % 3 + 1 questions; the last two problems have no facts, and one more has no picture."""
+    """12 pictures; picture n has n % 3 + 1 questions; the last two have no facts. And one problem without picture."""
     folder = tmp_path_factory.mktemp("problems")
     (folder / "images").mkdir()
     rows = []
     for n in range(12):
         picture(28 + n, 28, seed=n).save(folder / f"images/{n}.png")
-        rows += [Problem(id=f"{n}-{turn}", group=str(n), source="demo", image=f"images/{n}.png", facts=None if n >= 10 else f"facts {n}",
-                         question=f"question {turn} of {n}?", options=None, answer=f"answer {n} {turn}", license="CC0-1.0", meta={},
-                         root=folder) for turn in range(n % 3 + 1)]
-    rows.append(Problem(id="words", group="words", source="demo", image=None, facts="only words", question="what?", options=None,
-                        answer="words", license="CC0-1.0", meta={}, root=folder))
+        rows += [
+            Problem(
+                id=f"{n}-{turn}",
+                group=str(n),
+                source="demo",
+                image=f"images/{n}.png",
+                facts=None if n >= 10 else f"facts {n}",
+                question=f"question {turn} of {n}?",
+                options=None,
+                answer=f"answer {n} {turn}",
+                license="CC0-1.0",
+                meta={},
+                root=folder,
+            )
+            for turn in range(n % 3 + 1)
+        ]
+    rows.append(
+        Problem(
+            id="words",
+            group="words",
+            source="demo",
+            image=None,
+            facts="only words",
+            question="what?",
+            options=None,
+            answer="words",
+            license="CC0-1.0",
+            meta={},
+            root=folder,
+        )
+    )
     write_problems(folder / "all.jsonl", rows)
     return folder / "all.jsonl"
 
@@ -47,6 +74,7 @@ def mixture(problems, tmp_path):
     def make(*, draws=400, seed=0, turns=1, views=None, **sources) -> Mixture:
         sources = sources or {"demo": {"problems": str(problems), "turns": turns, "views": views or VIEWS}}
         return Mixture(mixture_file(tmp_path, sources), seed=seed, draws=draws)
+
     return make
 
 
@@ -63,8 +91,11 @@ def test_rates_are_met(mixture):
 
 
 def test_rates_are_met_over_sources(mixture, problems):
-    some = mixture(draws=20_000, one={"problems": str(problems), "views": {"text": 0.1}},
-                   two={"problems": str(problems), "views": {"text": 0.6, "blind": 0.3}})
+    some = mixture(
+        draws=20_000,
+        one={"problems": str(problems), "views": {"text": 0.1}},
+        two={"problems": str(problems), "views": {"text": 0.6, "blind": 0.3}},
+    )
     drawn = Counter((draw.source, draw.view.value) for draw in order(some))
     for key, rate in {("one", "text"): 0.1, ("two", "text"): 0.6, ("two", "blind"): 0.3}.items():
         assert abs(drawn[key] - 20_000 * rate) < 4 * (20_000 * rate * (1 - rate)) ** 0.5
@@ -92,7 +123,7 @@ def test_every_unit_comes_once_before_any_comes_again(mixture, turns):
         mine = [draw.problems for draw in order(some) if draw.view == part.view]
         n = len(part.units)
         unit_of = {problem: u for u, unit in enumerate(part.units) for problem in unit}
-        epochs = [[unit_of[problems[0]] for problems in mine[start:start + n]] for start in range(0, len(mine), n)]
+        epochs = [[unit_of[problems[0]] for problems in mine[start : start + n]] for start in range(0, len(mine), n)]
         assert len(epochs) >= 3 and all(sorted(epoch) == list(range(n)) for epoch in epochs[:-1])
         assert len(set(epochs[-1])) == len(epochs[-1])
         assert epochs[0] != epochs[1], "the same order in every epoch"
@@ -106,7 +137,9 @@ def test_turns_are_questions_about_one_picture(mixture):
         assert len({(row.image, row.facts) for row in rows}) == 1 and len(set(draw.problems)) == len(rows)
         assert len(rows) == min(2, sum(row.image == rows[0].image for row in some.problems["demo"]))
         seen.add(draw.problems)
-    assert len({frozenset(problems) for problems in seen if len(problems) == 2}) > 8, "the same two turns of three every time"
+    assert len({frozenset(problems) for problems in seen if len(problems) == 2}) > 8, (
+        "the same two turns of three every time"
+    )
     assert any(problems[::-1] in seen for problems in seen if len(problems) == 2), "turns always in the same order"
 
 
@@ -121,13 +154,17 @@ def test_a_conversation_shows_picture_and_facts_once(mixture):
     texts = [part["text"] for part in parts[1:]]
     assert texts[0].startswith(f"Facts: {rows[0].facts}\n") and not any("Facts" in text for text in texts[1:])
     assert all(row.question in text for row, text in zip(rows, texts))
-    assert [message["content"] for message in messages[1::2]] == [row.answer for row in rows] == [p.answer for p in prompts]
+    assert (
+        [message["content"] for message in messages[1::2]]
+        == [row.answer for row in rows]
+        == [p.answer for p in prompts]
+    )
 
 
 def test_only_problems_that_can_have_a_view_are_drawn_in_it(mixture):
     some = mixture(draws=200, views={"both": 0.3, "vision": 0.3, "text": 0.2, "shuffled": 0.1, "conflict": 0.1})
     for draw in order(some):
-        some.conversation(draw)         # would raise
+        some.conversation(draw)  # would raise
     able = {part.view.value: {some.problems["demo"][i].id for unit in part.units for i in unit} for part in some.parts}
     assert "words" in able["text"] and "words" not in able["both"] | able["vision"]
     assert "11-0" in able["vision"] and "11-0" not in able["both"] | able["text"]
@@ -146,11 +183,16 @@ WRONG = {
     "rate over 1": ({"demo": {"views": {"vision": 1.5}}}, ["sources.demo.views.vision"]),
     "unknown view": ({"demo": {"views": {"visoin": 1.0}}}, ["sources.demo.views", "no such view: visoin", "vision"]),
     "view by a method's name": ({"demo": {"views": {"title": 1.0}}}, ["no such view: title"]),
-    "misspelt key": ({"demo": {"views": {"vision": 1.0}, "turn": 2}}, ["sources.demo.turn: no such key", "did you mean 'turns'"]),
+    "misspelt key": (
+        {"demo": {"views": {"vision": 1.0}, "turn": 2}},
+        ["sources.demo.turn: no such key", "did you mean 'turns'"],
+    ),
     "turns of 0": ({"demo": {"views": {"vision": 1.0}, "turns": 0}}, ["sources.demo.turns"]),
     "turns when rendered": ({"demo": {"views": {"rendered": 1.0}, "turns": 2}}, ["sources.demo", "turns must be 1"]),
-    "missing file": ({"demo": {"problems": "nowhere.jsonl", "views": {"vision": 1.0}}},
-                     ["sources.demo.problems: no such file: nowhere.jsonl"]),
+    "missing file": (
+        {"demo": {"problems": "nowhere.jsonl", "views": {"vision": 1.0}}},
+        ["sources.demo.problems: no such file: nowhere.jsonl"],
+    ),
     "missing key": ({"demo": {"problems": None, "views": {"vision": 1.0}}}, ["sources.demo.problems"]),
     "source of nothing": ({"demo": None}, ["sources.demo"]),
 }
@@ -159,7 +201,9 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_mixture_is_refused_with_file_and_key(problems, tmp_path, name):
     sources, said = WRONG[name]
-    path = mixture_file(tmp_path, {key: value and {"problems": str(problems), **value} for key, value in sources.items()})
+    path = mixture_file(
+        tmp_path, {key: value and {"problems": str(problems), **value} for key, value in sources.items()}
+    )
     with pytest.raises(RecipeError) as caught:
         Mixture(path, seed=0, draws=1)
     assert str(path) in str(caught.value) and all(words in str(caught.value) for words in said), caught.value
@@ -176,28 +220,19 @@ def test_a_view_that_no_problem_can_have(problems, tmp_path):
 def test_a_bad_row_is_an_error_or_left_out(problems, tmp_path):
     lines = problems.read_text(encoding="utf-8").splitlines()
     row = json.loads(lines[-1])
-    (tmp_path / "bad.jsonl").write_text("\n".join([json.dumps({**row, "question": 3}), lines[-1]]) + "\n", encoding="utf-8")
+    (tmp_path / "bad.jsonl").write_text(
+        "\n".join([json.dumps({**row, "question": 3}), lines[-1]]) + "\n", encoding="utf-8"
+    )
     path = mixture_file(tmp_path, {"demo": {"problems": "bad.jsonl", "views": {"text": 1.0}}})
     with pytest.raises(ProblemError, match="bad.jsonl:1: question"):
         Mixture(path, seed=0, draws=1)
     assert len(Mixture(path, seed=0, draws=1, skip_bad=True).problems["demo"]) == 1
 
 
-# -- through the trainer's own data loader ---------------------------------------------------------------------------------------
+# -- through the trainer's own data loader ---------------------------------------------------------
 
 
-def trainer_of(path, overrides=(), **arguments):
-    """The trainer as train.py builds it."""
-    from training.collate import Collator, load_encoder
-    from training.model import load_base, prepare
-    from training.trainers import VisionSFTTrainer, sft_arguments
-
-    recipe = load_recipe(path, overrides)
-    collator = Collator(load_mixture(recipe), load_encoder(recipe.model), recipe.loss.weigh)
-    return VisionSFTTrainer(prepare(load_base(recipe.model), recipe), recipe, collator,
-                            sft_arguments(recipe, Path(recipe.run_dir), **arguments))
-
-
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_batches_do_not_depend_on_the_number_of_workers(recipe_file):
     path = recipe_file(steps=3, batch=4, micro_batch=2, turns=3)
     epochs = [list(trainer_of(path, [f"data.workers={workers}"]).get_train_dataloader()) for workers in (0, 1, 2)]
@@ -223,11 +258,20 @@ def test_ranks_share_the_draws_of_every_step(recipe_file):
     def steps(ranks: int) -> list[set[int]]:
         trainer = trainer_of(recipe_file(steps=3, batch=8, micro_batch=2), world_size=ranks)
         sampler = trainer._get_train_sampler()
-        shards = [list(BatchSamplerShard(BatchSampler(sampler, 2, drop_last=False), ranks, rank)) for rank in range(ranks)]
+        shards = [
+            list(BatchSamplerShard(BatchSampler(sampler, 2, drop_last=False), ranks, rank)) for rank in range(ranks)
+        ]
         accumulation = trainer.args.gradient_accumulation_steps
         assert {len(shard) for shard in shards} == {3 * accumulation}
-        return [sorted(draw for shard in shards for batch in shard[step * accumulation:(step + 1) * accumulation] for draw in batch)
-                for step in range(3)]
+        return [
+            sorted(
+                draw
+                for shard in shards
+                for batch in shard[step * accumulation : (step + 1) * accumulation]
+                for draw in batch
+            )
+            for step in range(3)
+        ]
 
     assert steps(1) == steps(2) == steps(4) == [list(range(8 * n, 8 * n + 8)) for n in range(3)]
 
@@ -258,14 +302,19 @@ def test_command_prints_rates_and_items(recipe_file, capsys):
 def test_command_prints_any_id(recipe_file, problems, tmp_path, capsys):
     """Brackets are markup to the printing library."""
     row = json.loads(problems.read_text(encoding="utf-8").splitlines()[-1])
-    (tmp_path / "odd.jsonl").write_text(json.dumps({**row, "id": "a[/b]c", "question": "[bold]?"}) + "\n", encoding="utf-8")
+    (tmp_path / "odd.jsonl").write_text(
+        json.dumps({**row, "id": "a[/b]c", "question": "[bold]?"}) + "\n", encoding="utf-8"
+    )
     module.main([str(recipe_file(sources={"[/odd]": {"problems": "odd.jsonl", "views": {"text": 1.0}}}))])
     out = capsys.readouterr().out
     assert "a[/b]c" in out and "[bold]?" in out and "[/odd]" in out
 
 
 def test_command_refuses_in_one_line(recipe_file):
-    for changes, said in ((dict(views={"vision": 0.3}), "must sum to 1"), (dict(model={"name": "/no/where"}), "/no/where")):
+    for changes, said in (
+        (dict(views={"vision": 0.3}), "must sum to 1"),
+        (dict(model={"name": "/no/where"}), "/no/where"),
+    ):
         with pytest.raises(SystemExit) as caught:
             module.main([str(recipe_file(**changes))])
         assert str(caught.value).startswith("error: ") and said in str(caught.value)

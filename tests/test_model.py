@@ -1,4 +1,4 @@
-"""Towers: which parameters each holds, what LoRA touches, and that every number per tower moves that tower and no other."""
+"""Towers: which parameters each holds, what LoRA touches, and what freezes."""
 
 import re
 from collections import Counter
@@ -7,13 +7,25 @@ import pytest
 import torch
 
 from training.config import TOWERS, Lora, Rank, RecipeError, load_recipe
-from training.model import (count_parameters, empty_base, load_base, lora_config, parameter_groups, prepare, tower_of, tower_table,
-                            unwrap)
+from training.model import (
+    count_parameters,
+    empty_base,
+    load_base,
+    lora_config,
+    parameter_groups,
+    prepare,
+    tower_of,
+    tower_table,
+    unwrap,
+)
 
 from .conftest import assistant, merged, picture, user
 
-LEAVES = {"vision": {"qkv", "proj", "gate_proj", "up_proj", "down_proj"}, "merger": {"0", "2"},
-          "language": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}}
+LEAVES = {
+    "vision": {"qkv", "proj", "gate_proj", "up_proj", "down_proj"},
+    "merger": {"0", "2"},
+    "language": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+}
 
 
 def lora(vision: int, merger: int, language: int) -> dict:
@@ -27,17 +39,22 @@ def rates(vision: float, merger: float, language: float) -> dict:
 @pytest.fixture
 def build(recipe_file):
     """A recipe with changes, and the model made ready for it."""
+
     def make(**changes):
         recipe = load_recipe(recipe_file(**changes))
         torch.manual_seed(0)
         return recipe, prepare(load_base(recipe.model), recipe)
+
     return make
 
 
 def adapters(model) -> dict[str, int]:
     """Adapted module's name -> rank of its adapter."""
-    return {name.removesuffix(".lora_A.default").removeprefix("base_model.model."): module.weight.shape[0]
-            for name, module in model.named_modules() if name.endswith(".lora_A.default")}
+    return {
+        name.removesuffix(".lora_A.default").removeprefix("base_model.model."): module.weight.shape[0]
+        for name, module in model.named_modules()
+        if name.endswith(".lora_A.default")
+    }
 
 
 def test_every_parameter_is_in_exactly_one_tower(build):
@@ -48,8 +65,11 @@ def test_every_parameter_is_in_exactly_one_tower(build):
     merger = {id(p) for p in visual.merger.parameters()}
     vision = {id(p) for p in visual.parameters()} - merger
     language = {id(p) for p in base.model.language_model.parameters()} | {id(p) for p in base.lm_head.parameters()}
-    assert {tower: {i for i, t in of.items() if t == tower} for tower in TOWERS} == \
-        {"vision": vision, "merger": merger, "language": language}
+    assert {tower: {i for i, t in of.items() if t == tower} for tower in TOWERS} == {
+        "vision": vision,
+        "merger": merger,
+        "language": language,
+    }
     counts = count_parameters(model)
     assert sum(numbers["total"] for numbers in counts.values()) == sum(p.numel() for p in model.parameters())
     grouped = [id(p) for group in parameter_groups(model, recipe) for p in group["params"]]
@@ -61,10 +81,16 @@ def test_every_parameter_is_in_exactly_one_tower(build):
 def test_lora_hits_what_it_names_with_its_rank(build, ranks):
     _, model = build(lora=lora(*ranks))
     hit = adapters(model)
-    linear = {name for name, module in unwrap(model).named_modules() if isinstance(module, torch.nn.Linear) and "lora" not in name}
+    linear = {
+        name
+        for name, module in unwrap(model).named_modules()
+        if isinstance(module, torch.nn.Linear) and "lora" not in name
+    }
     for tower, rank in zip(TOWERS, ranks):
         mine = {name: r for name, r in hit.items() if tower_of(name) == tower}
-        expected = {name.removesuffix(".base_layer") for name in linear if tower_of(name) == tower and "lm_head" not in name}
+        expected = {
+            name.removesuffix(".base_layer") for name in linear if tower_of(name) == tower and "lm_head" not in name
+        }
         assert set(mine) == (expected if rank else set())
         assert set(mine.values()) <= {rank}
         assert {name.rpartition(".")[2] for name in mine} == (LEAVES[tower] if rank else set())
@@ -81,17 +107,27 @@ def test_the_patch_embedding_is_never_adapted(build):
 
 def test_alpha_per_tower(build):
     _, model = build(lora=merged(lora(2, 3, 4), {"merger": {"alpha": 9}, "language": {"alpha": 0.5}}))
-    scaling = {tower_of(name): module.scaling["default"] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    scaling = {
+        tower_of(name): module.scaling["default"] for name, module in model.named_modules() if hasattr(module, "lora_A")
+    }
     assert scaling == {"vision": 2, "merger": 3, "language": 0.125}
 
 
 def test_patterns_name_the_modules_of_the_big_model_too():
     """Names of the released 3B checkpoint's classes, not of the small one alone."""
     config = lora_config(Lora(Rank(2), Rank(3), Rank(4)), TOWERS)
-    hits = {"model.visual.blocks.31.attn.qkv": True, "model.visual.blocks.0.mlp.down_proj": True, "model.visual.merger.mlp.2": True,
-            "model.language_model.layers.35.self_attn.k_proj": True, "model.visual.patch_embed.proj": False, "lm_head": False,
-            "model.visual.merger.ln_q": False, "model.visual.merger.mlp.1": False, "model.language_model.embed_tokens": False,
-            "model.language_model.layers.35.mlp": False}
+    hits = {
+        "model.visual.blocks.31.attn.qkv": True,
+        "model.visual.blocks.0.mlp.down_proj": True,
+        "model.visual.merger.mlp.2": True,
+        "model.language_model.layers.35.self_attn.k_proj": True,
+        "model.visual.patch_embed.proj": False,
+        "lm_head": False,
+        "model.visual.merger.ln_q": False,
+        "model.visual.merger.mlp.1": False,
+        "model.language_model.embed_tokens": False,
+        "model.language_model.layers.35.mlp": False,
+    }
     assert {name: bool(re.fullmatch(config.target_modules, name)) for name in hits} == hits
 
 
@@ -124,6 +160,15 @@ def test_a_model_of_another_kind_is_refused(recipe_file, tmp_path):
     for load in (load_base, empty_base):
         with pytest.raises(RecipeError, match="qwen2_5_vl is needed"):
             load(recipe.model)
+
+
+def test_attention_that_is_not_installed_is_refused(recipe_file):
+    from transformers.utils import is_flash_attn_2_available
+
+    if is_flash_attn_2_available():
+        pytest.skip("flash attention is installed")
+    with pytest.raises(RecipeError, match="model.attention: .*FlashAttention2"):
+        load_base(load_recipe(recipe_file(model={"attention": "flash_attention_2"})).model)
 
 
 def test_an_empty_base_counts_as_the_loaded_one(build):
@@ -159,7 +204,9 @@ class Backward:
 
 @pytest.mark.parametrize("checkpointing", (False, True))
 @pytest.mark.parametrize("merger", (0, 3))
-def test_a_frozen_vision_tower_costs_no_backward_and_changes_no_gradient(build, encoder, monkeypatch, checkpointing, merger):
+def test_a_frozen_vision_tower_costs_no_backward_and_changes_no_gradient(
+    build, encoder, monkeypatch, checkpointing, merger
+):
     batch = encoder.batch([encoder.encode([user("What?", 1), assistant("red")], (picture(84, 84),))])
     batch["labels"] = batch["input_ids"].clone()
 

@@ -39,10 +39,13 @@ def load_config(model: Model) -> AutoConfig:
 
 
 def load_base(model: Model) -> Qwen2_5_VLForConditionalGeneration:
-    """The pretrained model, frozen."""
+    """The pretrained model, frozen. RecipeError when it is another kind of model or its attention is not installed."""
     load_config(model)
-    base = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        model.name, revision=model.revision, dtype=model.dtype, attn_implementation=model.attention)
+    try:
+        base = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            model.name, revision=model.revision, dtype=model.dtype, attn_implementation=model.attention)
+    except ImportError as error:
+        raise RecipeError(f"model.attention: {' '.join(str(error).split())}") from error
     return base.requires_grad_(False)
 
 

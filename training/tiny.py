@@ -74,8 +74,9 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage("language", 1000, 48, 3e-3, {"text": 0.75, "copy": 0.25}, levels=2),
-    Stage("both", 600, 48, 1.5e-3, {"both": 0.5, "text": 0.2, "describe": 0.2, "vision": 0.1}, levels=4, schedule="cosine"),
+    Stage("language", 800, 48, 3e-3, {"text": 0.75, "copy": 0.25}, levels=2),
+    Stage("pictures", 100, 48, 2e-3, {"describe": 0.5, "both": 0.35, "text": 0.15}, levels=4),
+    Stage("both", 300, 48, 2e-3, {"both": 0.7, "text": 0.2, "describe": 0.1}, levels=4, schedule="cosine"),
 )
 
 
@@ -149,10 +150,16 @@ class TwinStream:
     def draw(self, number: int) -> int:
         return number
 
-    def conversation(self, number: int) -> tuple[list[dict], tuple, list]:
+    def world(self, number: int) -> World:
+        return self._sample(number)[1]
+
+    def _sample(self, number: int) -> tuple[str, World, random.Random]:
         rng = random.Random(f"{self.seed} {self.stage.name} {number}")
         way = rng.choices(list(self.stage.rates), list(self.stage.rates.values()))[0]
-        world = sample_world(rng, rng.choice(FAMILIES), rng.randint(1, self.level), "train")
+        return way, sample_world(rng, rng.choice(FAMILIES), rng.randint(1, self.level), "train"), rng
+
+    def conversation(self, number: int) -> tuple[list[dict], tuple, list]:
+        way, world, rng = self._sample(number)
         if way in ("copy", "describe"):
             text = DESCRIBE["facts" if way == "copy" else "picture"]
             content = [{"type": "text", "text": f"Facts: {world.facts}\n{text}" if way == "copy" else text}]
@@ -232,7 +239,7 @@ def pretrain(stage: Stage, start: Path, out: Path, seed: int) -> None:
         name=stage.name, model=Model(name=str(start), dtype="float32"), data=Data(mixture="twins, drawn as needed"), lora=None,
         optim=Optim(lr=TowerRates(*[stage.lr] * 3), schedule=stage.schedule, warmup_steps=stage.warmup, weight_decay=0.01,
                     betas=[0.9, 0.95]),
-        steps=stage.steps, batch=stage.batch, micro_batch=stage.batch, seed=seed, save=Save(every=100), log_every=25)
+        steps=stage.steps, batch=stage.batch, micro_batch=stage.batch, seed=seed, save=Save(every=50), log_every=25)
     transformers.set_seed(seed)
     encoder = Encoder(start)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32)

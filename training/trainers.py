@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -65,7 +66,6 @@ class VisionSFTTrainer(SFTTrainer):
         draws = Dataset.from_dict({"draw": range(len(collator.mixture))})
         super().__init__(model=model, args=args, data_collator=collator, train_dataset=draws,
                          processing_class=collator.encoder.tokenizer, callbacks=list(callbacks))
-        self.model_accepts_loss_kwargs = True
         self._counted = torch.zeros(3)      # since the last log: trained tokens, those predicted right, sum of their entropies
         self.remove_callback(PrinterCallback)       # the progress bar and metrics.jsonl say the same
 
@@ -74,6 +74,15 @@ class VisionSFTTrainer(SFTTrainer):
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = cls(parameter_groups(self.model, self.recipe), **kwargs)
         return self.optimizer
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """A checkpoint of all weights has the names of the hub's files, which the trainer would compare with the module's, find
+        nothing in common, and continue from the weights it started with."""
+        if isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         if not batch_samples:

@@ -1,0 +1,83 @@
+"""Running train.py from tests, in this process and in others."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from training.collate import Collator, load_encoder
+from training.config import load_recipe
+from training.mixture import load_mixture
+from training.model import load_base, prepare
+from training.trainers import VisionSFTTrainer, sft_arguments
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(path: Path, *arguments: str) -> Path:
+    """train.py in this process; returns the run folder."""
+    train.main([str(path), *arguments])
+    overrides = [text for text in arguments if not text.startswith("--")]
+    return Path(load_recipe(path, overrides).run_dir)
+
+
+def refusal(path: Path, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        train.main([str(path), *arguments])
+    assert isinstance(caught.value.code, str) and caught.value.code.startswith("error: "), caught.value.code
+    return caught.value.code
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    adapter = run_dir / "adapter" / "adapter_model.safetensors"
+    return load_file(adapter if adapter.exists() else run_dir / "model" / "model.safetensors")
+
+
+def same(one: dict, two: dict) -> bool:
+    return set(one) == set(two) and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def trainer_of(path, overrides=(), **arguments):
+    """The trainer as train.py builds it."""
+    recipe = load_recipe(path, overrides)
+    collator = Collator(load_mixture(recipe), load_encoder(recipe.model), recipe.loss.weigh)
+    return VisionSFTTrainer(
+        prepare(load_base(recipe.model), recipe),
+        recipe,
+        collator,
+        sft_arguments(recipe, Path(recipe.run_dir), **arguments),
+    )
+
+
+def start(path: Path, *arguments: str, command: tuple[str, ...] = ()) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *command, "train.py", str(path), *arguments],
+        cwd=ROOT,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int, limit_s: float = 120) -> None:
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline and process.poll() is None:
+        path = run_dir / "metrics.jsonl"
+        if path.exists() and path.read_text().count("\n") >= step:
+            return
+        time.sleep(0.01)
+    output = "\n".join(process.communicate(timeout=10)) if process.poll() is not None else "(still running)"
+    pytest.fail(f"step {step} was not reached: {output[-2000:]}")
