@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from training.collate import Collator
 from training.config import Recipe
 from training.losses import weighted_nll
-from training.model import parameter_groups
+from training.model import parameter_groups, unwrap
 
 COMPLETE = "complete"       # a file that is written last into a checkpoint: without it, a checkpoint is not one
 
@@ -42,7 +42,7 @@ def sft_arguments(recipe: Recipe, run_dir: Path, *, world_size: int = 1, deepspe
         use_cpu=not cuda, bf16=cuda and recipe.model.dtype == "bfloat16",
         gradient_checkpointing=recipe.model.checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.model.checkpointing else None,
-        ddp_find_unused_parameters=world_size > 1 and not deepspeed,    # a text-only batch leaves the vision tower without gradients
+        ddp_find_unused_parameters=False,
         max_length=None, remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True},
         # The order is the mixture's: draw n is row n, for any number of ranks and workers, and a resumed run skips by index.
         train_sampling_strategy="sequential", dataloader_num_workers=recipe.data.workers,
@@ -96,9 +96,19 @@ class VisionSFTTrainer(SFTTrainer):
         total = weight.sum() if num_items_in_batch is None else num_items_in_batch
         # Ranks average their gradients, while the total is that of all ranks.
         loss = weighted_nll(outputs.log_probs, weight, total) * self.accelerator.num_processes
+        if self.accelerator.num_processes > 1 and "pixel_values" not in inputs:
+            loss = loss + 0 * self._blank_features()
         self._counted = self._counted.to(loss.device) + torch.stack(
             [outputs.label_mask.sum(), outputs.is_top1.sum(), outputs.entropy.detach().sum()]).float()
         return (loss, outputs) if return_outputs else loss
+
+    def _blank_features(self) -> torch.Tensor:
+        """Sum of the features of one blank image token: a rank without pictures must give the vision tower a gradient, of zeros,
+        when others have pictures, or they would wait for it (DDP) or add up buckets of different lengths (DeepSpeed)."""
+        base = unwrap(self.model)
+        vision, side = base.config.vision_config, base.config.vision_config.spatial_merge_size
+        pixels = torch.zeros(side**2, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2, device=base.device)
+        return base.model.get_image_features(pixels, torch.tensor([[1, side, side]], device=base.device)).pooler_output[0].sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if logs.pop("learning_rate", None) is not None:
