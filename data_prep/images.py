@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 MAX_PIXELS = 50_000_000
+MAX_RATIO = 200  # of the sides; Qwen2-VL's image processor refuses more
 # No EPS, PDF or other format that runs a program or a script to draw itself.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 ORIENTATION = 0x0112  # the EXIF tag
@@ -76,6 +77,8 @@ def _open(source: Path | io.BytesIO, max_pixels: int) -> Image.Image:
     message = None
     if width * height > max_pixels:
         message = f"{_name(source)} has {width}x{height} pixels, over the limit of {max_pixels} pixels"
+    elif max(width, height) > MAX_RATIO * min(width, height):
+        message = f"{_name(source)} has {width}x{height} pixels; one side may be at most {MAX_RATIO} times the other"
     # A camera's multi-picture JPEG (MPO) holds previews, not an animation: its first picture is the picture.
     elif image.format != "MPO" and getattr(image, "is_animated", False):
         message = f"{_name(source)} is animated or has several pages; keep one"

@@ -138,6 +138,14 @@ def test_the_limit_can_be_set(tmp_path):
         load(tmp_path / "a.png", max_pixels=99)
 
 
+def test_a_picture_too_narrow_for_the_model_is_refused(tmp_path):
+    Image.new("RGB", (400, 2)).save(tmp_path / "a.png")
+    assert load(tmp_path / "a.png").size == (400, 2)
+    Image.new("RGB", (402, 2)).save(tmp_path / "b.png")
+    with pytest.raises(ProblemError, match=r"'b\.png' has 402x2 pixels; one side may be at most 200 times the other"):
+        images.header_size(tmp_path / "b.png")
+
+
 def _animation(kind):
     buffer = io.BytesIO()
     frames = [Image.new("RGB", (4, 4), color) for color in (RED, GREEN)]

@@ -340,6 +340,31 @@ def test_a_batch_that_ranks_cannot_share(recipe_file):
         trainers.sft_arguments(recipe, Path(recipe.run_dir), world_size=4)
 
 
+def test_a_rank_without_pictures_makes_all_gradients_in_the_usual_order(recipe_file, monkeypatch):
+    """DDP waits for every gradient, and DeepSpeed's ZeRO-2 mixes them up when ranks make them in different orders."""
+    trainer = seeded(recipe_file(views={"vision": 0.5, "text": 0.5}, batch=8, micro_batch=1))
+    batches = [trainer.data_collator([{"draw": draw}]) for draw in range(8)]
+    pictures = next(batch for batch in batches if "pixel_values" in batch)
+    words = next(batch for batch in batches if "pixel_values" not in batch)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", property(lambda self: 2))
+    made = []
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: made.append(name))
+
+    def order(batch: dict) -> list[str]:
+        made.clear()
+        trainer.model.zero_grad()
+        trainer.compute_loss(trainer.model, dict(batch)).backward()
+        return list(made)
+
+    expected = order(pictures)
+    assert order(words) == expected and {tower_of(name) for name in expected} == set(TOWERS)
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            assert (parameter.grad.abs().sum() > 0) == (tower_of(name) == "language")
+
+
 def test_two_processes_train_as_one(recipe_file, uneven):
     """Same global batch, text-only rows on some ranks: the same losses and, but for rounding, the same adapter."""
     changes = dict(

@@ -10,12 +10,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
-from typing_extensions import Annotated
 
 TOWERS = ("vision", "merger", "language")
 

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -27,7 +27,6 @@ from pydantic.dataclasses import dataclass as checked
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from typing_extensions import Annotated
 
 from data_prep.problem import Problem, ProblemError, Prompt, View, partners, possible_views, read_problems, render
 from data_prep.provenance import file_sha256

@@ -3,7 +3,6 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -146,7 +145,3 @@ def tower_table(model: nn.Module, recipe: Recipe) -> Table:
         table.add_row(tower, f"{numbers['total'] - (trained if recipe.lora else 0):,}", f"{trained:,}", str(adapted[tower] or "-"),
                       rank if trained else "frozen", f"{getattr(recipe.optim.lr, tower):g}" if trained else "-")
     return table
-
-
-def is_local(name: str) -> bool:
-    return Path(name).is_dir()

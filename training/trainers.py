@@ -92,19 +92,24 @@ class VisionSFTTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         weight = inputs.pop("loss_weight")[:, 1:]
+        blank = self._blank_features() if self.accelerator.num_processes > 1 and "pixel_values" not in inputs else None
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)
         total = weight.sum() if num_items_in_batch is None else num_items_in_batch
         # Ranks average their gradients, while the total is that of all ranks.
         loss = weighted_nll(outputs.log_probs, weight, total) * self.accelerator.num_processes
-        if self.accelerator.num_processes > 1 and "pixel_values" not in inputs:
-            loss = loss + 0 * self._blank_features()
+        if blank is not None:
+            loss = loss + 0 * blank
         self._counted = self._counted.to(loss.device) + torch.stack(
             [outputs.label_mask.sum(), outputs.is_top1.sum(), outputs.entropy.detach().sum()]).float()
         return (loss, outputs) if return_outputs else loss
 
     def _blank_features(self) -> torch.Tensor:
         """Sum of the features of one blank image token: a rank without pictures must give the vision tower a gradient, of zeros,
-        when others have pictures, or they would wait for it (DDP) or add up buckets of different lengths (DeepSpeed)."""
+        when others have pictures, or they would wait for it (DDP) or add up buckets of different lengths (DeepSpeed).
+
+        Made before the language tower's graph, so that its backward pass comes after, as that of a picture does: ZeRO-2 takes
+        gradients for each other's when ranks do not make them in the same order (deepspeedai/DeepSpeed#2343).
+        """
         base = unwrap(self.model)
         vision, side = base.config.vision_config, base.config.vision_config.spatial_merge_size
         pixels = torch.zeros(side**2, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2, device=base.device)
