@@ -32,7 +32,7 @@ data/twins/test_new.jsonl: $(SETUP)
 test: $(SETUP)
 	$(PY) -m pytest -q
 
-# The numbers and the figure of the README: both demo recipes with three seeds. About 45 minutes on two cores.
+# The numbers and the figure of the README: both demo recipes with three seeds. About 20 minutes on two cores.
 RUNS := $(foreach seed,0 1 2,control-seed$(seed) vision-centric-seed$(seed))
 results: $(SETUP) data/twins/test_new.jsonl
 	$(PY) -m eval.run --model assets/tiny --tasks twins,twins_new --out runs/results/base
