@@ -7,15 +7,15 @@ No method lives here: a recipe names the mixture, the losses and the pace of eac
 """
 
 import argparse
-import logging
 import os
 import shlex
 import shutil
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
+
+from data_prep.libraries import offline_if_local, quiet
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -36,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     quiet()
     from data_prep.problem import ProblemError
-    from data_prep.provenance import offline_if_local
     from training.config import RecipeError, load_recipe
 
     try:
@@ -56,13 +55,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         words = [args.recipe, *args.overrides, *(("--deepspeed", args.deepspeed) if args.deepspeed else ()), "--resume"]
         print(f"\nstopped; continue with: python train.py {shlex.join(words)}", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-def quiet() -> None:
-    """No warnings of libraries about each other, which a user can do nothing about. Call it before they are imported."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    for name in ("transformers.trainer", "bitsandbytes.backends.cpu.ops"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def dry_run(recipe) -> None:
@@ -93,7 +85,13 @@ def train(recipe, *, resume: bool, deepspeed: str | None = None) -> None:
     from training.mixture import load_mixture
     from training.model import load_base, prepare, tower_table
     from training.run import RunFolder
-    from training.trainers import MarkComplete, Metrics, VisionSFTTrainer, last_checkpoint, sft_arguments
+    from training.trainers import (
+        MarkComplete,
+        Metrics,
+        VisionSFTTrainer,
+        last_checkpoint,
+        sft_arguments,
+    )
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     console = Console(quiet=rank != 0)

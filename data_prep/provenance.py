@@ -56,10 +56,3 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(part, path)
-
-
-def offline_if_local(model: str) -> None:
-    """Call before transformers is imported: a local folder needs no hub, and PEFT asking the hub for files that the folder lacks
-    costs half a minute of retries."""
-    if Path(model).is_dir():
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")

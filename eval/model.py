@@ -31,7 +31,8 @@ class Answerer:
         dtype: "float32", "bfloat16", or "auto": bfloat16 on CUDA, float32 elsewhere.
 
     Raises:
-        ModelError: the adapter changes nothing, which is what an adapter made for other module names looks like.
+        ModelError: model or adapter cannot be loaded, or the adapter changes nothing, which is what one made for other module
+            names looks like.
     """
 
     def __init__(self, model: str, adapter: str | None = None, *, revision: str | None = None, dtype: str = "auto",
@@ -39,11 +40,17 @@ class Answerer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if dtype == "auto":
             dtype = "bfloat16" if self.device.type == "cuda" else "float32"
-        self.encoder = Encoder(model, min_pixels=min_pixels, max_pixels=max_pixels)
-        self.model = AutoModelForImageTextToText.from_pretrained(model, revision=revision, dtype=getattr(torch, dtype))
         self.dtype = dtype
+        try:
+            self.encoder = Encoder(model, revision=revision, min_pixels=min_pixels, max_pixels=max_pixels)
+            self.model = AutoModelForImageTextToText.from_pretrained(model, revision=revision, dtype=getattr(torch, dtype))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"--model {model}: {' '.join(str(error).split())}") from error
         if adapter is not None:
-            self.model = PeftModel.from_pretrained(self.model, adapter)
+            try:
+                self.model = PeftModel.from_pretrained(self.model, adapter)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise ModelError(f"--adapter {adapter}: {' '.join(str(error).split())[:500]}") from error
             ups = [p for name, p in self.model.named_parameters() if "lora_B" in name]
             if not ups or not any(bool(p.any()) for p in ups):
                 raise ModelError(f"{adapter}: no LoRA weight of it changes {model}; was it made for another model?")

@@ -23,8 +23,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tqdm import tqdm
 
-from data_prep.problem import Problem, ProblemError, Prompt, View, partners, possible_views, read_problems, render
-from data_prep.provenance import file_sha256, offline_if_local, parents, weights_fingerprint, write_json
+from data_prep.libraries import offline_if_local, quiet
+from data_prep.problem import (
+    Problem,
+    ProblemError,
+    Prompt,
+    View,
+    partners,
+    possible_views,
+    read_problems,
+    render,
+)
+from data_prep.provenance import file_sha256, parents, weights_fingerprint, write_json
 from eval.parse import PARSER_VERSION
 from eval.tasks import TASKS, Task, TaskError, find_task
 
@@ -64,6 +74,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    quiet()
     offline_if_local(args.model)
     from eval.model import Answerer, ModelError
 
@@ -94,7 +105,7 @@ def run(args: argparse.Namespace, load: Any) -> None:
     settings = {
         "model": args.model, "model_sha256": weights_fingerprint(args.model) if Path(args.model).is_dir() else None,
         "revision": getattr(answerer.model.config, "_commit_hash", None) or args.revision,
-        "adapter": args.adapter, "adapter_sha256": weights_fingerprint(args.adapter) if args.adapter else None,
+        "adapter": args.adapter, "adapter_sha256": weights_fingerprint(args.adapter) if args.adapter and Path(args.adapter).is_dir() else None,
         "mode": args.mode, "parser": PARSER_VERSION, "max_new_tokens": args.max_new_tokens, "dtype": answerer.dtype,
         "pixels": answerer.encoder.pixel_bounds, "views": [view.value for view in views],
         "tasks": {task.name: {"data": str(file), "root": str(file.parent), "sha256": file_sha256(file), "n": len(problems)}

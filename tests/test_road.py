@@ -75,6 +75,17 @@ def test_adapter_gives_the_same_answers_in_plain_peft(tmp_path, monkeypatch, twi
         assert prompt.choices[scores.index(max(scores))] == row["pred"]
 
 
+@pytest.mark.parametrize("model, adapter, message", [
+    ("nowhere", None, "--model nowhere: "), (TINY, "nowhere", "--adapter nowhere: "), (TINY, TINY, f"--adapter {TINY}: ")])
+def test_what_cannot_be_loaded_is_named(model, adapter, message, twins, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = ["--model", model, "--tasks", str(twins / "test.jsonl"), "--out", str(tmp_path / "out"),
+             *(["--adapter", adapter] if adapter else [])]
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        eval_run.main(words)
+    assert not (tmp_path / "out").exists()
+
+
 def test_likelihood_and_generation_agree(twins) -> None:
     """A model that knows the format generates the option that it finds most likely, in every view."""
     problems = read_problems(twins / "test.jsonl")

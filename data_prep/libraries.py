@@ -1,0 +1,19 @@
+"""How other libraries behave: to be settled before they are imported, so nothing is imported here but the standard library."""
+
+import logging
+import os
+import warnings
+from pathlib import Path
+
+
+def quiet() -> None:
+    """No warnings of libraries about each other, which a user can do nothing about."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    for name in ("transformers.trainer", "bitsandbytes.backends.cpu.ops"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def offline_if_local(model: str) -> None:
+    """A local folder needs no hub, and PEFT asking the hub for files that the folder lacks costs half a minute of retries."""
+    if Path(model).is_dir():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
