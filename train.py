@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.libraries import offline_if_local, quiet
+from data_prep import libraries
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -34,7 +34,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    quiet()
+    libraries.quiet()
     from data_prep.problem import ProblemError
     from training.config import RecipeError, load_recipe
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         recipe = load_recipe(args.recipe, args.overrides)
         if args.deepspeed and not Path(args.deepspeed).is_file():
             raise RecipeError(f"--deepspeed: no such file: {args.deepspeed}")
-        offline_if_local(recipe.model.name)
+        libraries.offline_if_local(recipe.model.name)
         if args.dry_run:
             dry_run(recipe)
         else:
@@ -59,14 +59,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def dry_run(recipe) -> None:
     import yaml
-    from rich.console import Console
 
     from training.collate import load_encoder
     from training.estimate import estimate_table
     from training.mixture import load_mixture
     from training.model import empty_base, prepare, tower_table
 
-    console = Console()
+    console = libraries.console()
     console.print(yaml.safe_dump(recipe.to_dict(), sort_keys=False), markup=False, highlight=False)
     encoder = load_encoder(recipe.model)
     mixture = load_mixture(recipe)
@@ -78,7 +77,6 @@ def dry_run(recipe) -> None:
 
 def train(recipe, *, resume: bool, deepspeed: str | None = None) -> None:
     import transformers
-    from rich.console import Console
 
     from training.collate import Collator, load_encoder
     from training.config import RecipeError
@@ -94,7 +92,7 @@ def train(recipe, *, resume: bool, deepspeed: str | None = None) -> None:
     )
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    console = Console(quiet=rank != 0)
+    console = libraries.console(quiet=rank != 0)
     folder = RunFolder(recipe, resume=resume or rank > 0)       # rank 0 decides; it may have begun the folder already
     if folder.finished:
         console.print(f"{folder.path} is finished: {recipe.steps} steps, {folder.info['seconds']:.0f} s")

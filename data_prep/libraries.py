@@ -1,9 +1,11 @@
-"""How other libraries behave: to be settled before they are imported, so nothing is imported here but the standard library."""
+"""How other libraries behave: to be settled before they are imported, so nothing heavy is imported here."""
 
 import logging
 import os
 import warnings
 from pathlib import Path
+
+from rich.console import Console
 
 
 def quiet() -> None:
@@ -17,3 +19,8 @@ def offline_if_local(model: str) -> None:
     """A local folder needs no hub, and PEFT asking the hub for files that the folder lacks costs half a minute of retries."""
     if Path(model).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def console(**options) -> Console:
+    """Where tables are printed. A pipe or a file gets them 150 columns wide, where rich would cut them at 80."""
+    return Console(width=None if Console().is_terminal else 150, **options)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from enum import Enum
 
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 
 from data_prep import images
 from data_prep.images import MAX_PIXELS, ProblemError
+from data_prep.libraries import console
 from data_prep.read import LETTERS, Problem, read_problems, write_problems
 
 __all__ = [
@@ -257,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         problems = read_problems(args.file, skip_bad=args.skip_bad, max_pixels=args.max_pixels)
     except ProblemError as error:
         raise SystemExit(str(error)) from error
-    Console().print(summary(problems))
+    console().print(summary(problems))
 
 
 if __name__ == "__main__":

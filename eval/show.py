@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from data_prep import libraries
 from eval.gap import DIFFERENCES, closed, points, within
 
 TITLES = {"gap": "gap (both - vision)", "text_gap": "text gap (text - vision)",
@@ -119,7 +120,7 @@ def terminal(result: dict, console: Console | None = None) -> None:
 
     A narrow terminal gets every interval below its value.
     """
-    console = console or Console(width=None if Console().is_terminal else 150)
+    console = console or libraries.console()
     interval = " [" if console.width >= 130 else "\n["
     for section in sections(result):
         if section.header:

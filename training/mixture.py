@@ -24,10 +24,10 @@ from typing import Annotated, NamedTuple
 import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass as checked
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from data_prep import libraries
 from data_prep.problem import Problem, ProblemError, Prompt, View, partners, possible_views, read_problems, render
 from data_prep.provenance import file_sha256
 from training.config import _STRICT, Count, Recipe, RecipeError, build, find_beside, load_recipe, read_yaml
@@ -201,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         encoder = load_encoder(recipe.model)
     except (RecipeError, ProblemError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    console = Console()
+    console = libraries.console()
     console.print(mixture.table(encoder))
     for number in range(min(args.items, len(mixture))):
         draw = mixture.draw(number)
