@@ -7,7 +7,7 @@ One JSONL file per split and a folder of pictures. The same arguments write the 
 
 import argparse
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -82,7 +82,7 @@ def _pictures(text: str) -> dict[str, int]:
     return pictures
 
 
-def _subset(names: Sequence) -> argparse.Action:
+def _subset(names: Sequence) -> Callable[[str], list]:
     def parse(text: str) -> list:
         chosen = [type(names[0])(part) for part in text.split(",")]
         if unknown := [str(c) for c in chosen if c not in names]:
