@@ -62,30 +62,34 @@ def dry_run(recipe) -> None:
 
     from training.collate import load_encoder
     from training.estimate import estimate_table
-    from training.mixture import load_mixture
     from training.model import empty_base, prepare, tower_table
+    from training.plan import Plan
 
     console = libraries.console()
     console.print(yaml.safe_dump(recipe.to_dict(), sort_keys=False), markup=False, highlight=False)
     encoder = load_encoder(recipe.model)
-    mixture = load_mixture(recipe)
+    plan = Plan(recipe)
     model = prepare(empty_base(recipe.model), recipe)
     console.print(tower_table(model, recipe))
-    console.print(mixture.table(encoder))
-    console.print(estimate_table(model, recipe, mixture, encoder))
+    for stage in plan.stages:
+        console.print(stage.table(encoder))
+    console.print(estimate_table(model, recipe, plan, encoder))
 
 
 def train(recipe, *, resume: bool, deepspeed: str | None = None) -> None:
     import transformers
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
 
     from training.collate import Collator, load_encoder
     from training.config import RecipeError
-    from training.mixture import load_mixture
     from training.model import load_base, prepare, tower_table
+    from training.plan import Plan
     from training.run import RunFolder
     from training.trainers import (
         MarkComplete,
         Metrics,
+        RestartOptimizer,
         VisionSFTTrainer,
         last_checkpoint,
         sft_arguments,
@@ -99,23 +103,27 @@ def train(recipe, *, resume: bool, deepspeed: str | None = None) -> None:
         return
     run_dir = Path(recipe.run_dir)
     transformers.set_seed(recipe.seed)
-    mixture = load_mixture(recipe)
+    plan = Plan(recipe)
     encoder = load_encoder(recipe.model)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir / "tensorboard")
     try:
         arguments = sft_arguments(recipe, run_dir, world_size=world_size, deepspeed=deepspeed)
     except ValueError as error:
         raise RecipeError(str(error)) from error
     model = prepare(load_base(recipe.model), recipe)
     console.print(tower_table(model, recipe))
-    console.print(mixture.table(encoder))
+    for stage in plan.stages:
+        console.print(stage.table(encoder))
     if rank == 0:
-        folder.start(mixture.hashes)
+        folder.start(plan.hashes)
     metrics = Metrics(run_dir / "metrics.jsonl", recipe.batch)
-    trainer = VisionSFTTrainer(model, recipe, Collator(mixture, encoder, recipe.loss.weigh), arguments,
-                               callbacks=[MarkComplete(recipe.save.keep), metrics])
+    callbacks = [MarkComplete(recipe.save.keep, plan.save), RestartOptimizer(recipe), metrics]
+    if rank == 0:
+        callbacks.append(TensorBoardCallback(SummaryWriter(str(run_dir / "tensorboard"))))
+    trainer = VisionSFTTrainer(model, recipe, Collator(plan, encoder, [stage.objective for stage in plan.stages]), arguments,
+                               callbacks=callbacks)
     checkpoint = last_checkpoint(run_dir)
     if checkpoint is not None:
+        plan.check(checkpoint, int(checkpoint.name.rpartition("-")[2]))
         console.print(f"continuing from {checkpoint}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     kind = "model" if recipe.lora is None else "adapter"

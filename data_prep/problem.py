@@ -2,15 +2,19 @@
 
     python -m data_prep.problem check FILE [--skip-bad]
 
-Files and their checks are in data_prep.read, pixels in data_prep.images; their names are importable from here.
+What a problem is stands in data_prep.rows, files are in data_prep.read, pixels in data_prep.images; their names are
+importable from here.
 """
 
 import argparse
 import hashlib
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 from rich.table import Table
@@ -18,61 +22,87 @@ from rich.table import Table
 from data_prep import images
 from data_prep.images import MAX_PIXELS, ProblemError
 from data_prep.libraries import console
-from data_prep.read import LETTERS, Problem, read_problems, write_problems
+from data_prep.read import LETTERS, MARKER, Problem, as_tuple, named, read_problems, write_problems
 
 __all__ = [
-    "LETTERS", "MAX_PIXELS", "Problem", "ProblemError", "Prompt", "View", "load_image", "partners", "possible_views",
-    "read_problems", "render", "shown_options", "write_problems",
+    "LETTERS", "MAX_PIXELS", "Problem", "ProblemError", "Prompt", "View", "every_picture", "load_images", "partners",
+    "possible_views", "read_problems", "render", "shown_options", "shown_pictures", "write_problems",
 ]  # fmt: skip
 
 
 class View(str, Enum):
-    """How a problem is shown. The question and its options are the same in every view."""
+    """How a problem is shown. The question and its options are the same in every view, unless meta.published says else."""
 
-    both = "both"  # picture and facts
-    vision = "vision"  # picture
+    both = "both"  # pictures and facts
+    vision = "vision"  # pictures
     text = "text"  # facts
     blind = "blind"  # neither
-    white = "white"  # the picture replaced, same size: every channel 255
+    white = "white"  # every picture replaced, same size: every channel 255
     black = "black"  # 0
     gray = "gray"  # 128
     noise = "noise"  # uniform random pixels
-    shuffled = "shuffled"  # another problem's picture, brought to this one's size
-    conflict = "conflict"  # own picture, another problem's facts
-    rendered = "rendered"  # the question drawn below the picture, not in the text
+    shuffled = "shuffled"  # another problem's pictures, brought to the sizes of this one's
+    conflict = "conflict"  # own pictures, another problem's facts
+    other_facts = "other_facts"  # no picture, another problem's facts: what the words of `conflict` alone say
+    rendered = "rendered"  # the question drawn below the last picture, not in the text
 
 
 LEVELS = {View.white: 255, View.black: 0, View.gray: 128}
-SHOWS_FACTS = {View.both, View.text, View.conflict}
-NO_PICTURE = {View.text, View.blind}
+SHOWS_FACTS = {View.both, View.text, View.conflict, View.other_facts}
+OTHERS_FACTS = {View.conflict, View.other_facts}
+NO_PICTURE = {View.text, View.blind, View.other_facts}
 TAIL = {"text": "Answer with one of the options.", "letter": "Answer with the option's letter."}
 OPEN_TAIL = "Answer briefly."
+RATIONALE_TAIL = "Say first what leads to it, then the answer after 'Answer:'."
 RENDERED_TEXT = "Answer the question in the picture."
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Prompt:
     """What a model is shown, and what a right answer says."""
 
-    messages: list[dict]  # one user turn; its {"type": "image"} part, if any, stands before the text
+    messages: list[dict]  # one user turn; its last part is text, its {"type": "image"} parts stand before and between
     images: tuple[Image.Image, ...]  # RGB, in the order of the image parts
     answer: str  # the option's letter, the option's text, or the open answer
     choices: tuple[str, ...] | None  # what may be said, in the order shown; None: open
     options: tuple[str, ...] | None  # option texts in the order shown
+    target: str  # what training teaches to say: the answer, or the way to it and then the answer
 
 
-def load_image(problem: Problem) -> Image.Image:
-    """The problem's picture as upright 8-bit RGB; see images.load. ProblemError names the problem."""
-    return _of_picture(problem, images.load)
+def load_images(problem: Problem) -> tuple[Image.Image, ...]:
+    """The problem's own pictures as upright 8-bit RGB; see images.load. ProblemError names the problem and the picture."""
+    return _each(problem, problem.pictures, images.load)
 
 
-def _of_picture(problem: Problem, function):
-    if problem.image is None:
-        raise ProblemError(f"{problem.id}: image: the problem has no picture")
-    try:
-        return function(images.picture_path(problem.root, problem.image), problem.max_pixels)
-    except ProblemError as error:
-        raise ProblemError(f"{problem.id}: image: {error}") from error
+def _each(
+    problem: Problem, names: Sequence[str], look: Callable[[Path, int], T], field: str = "image"
+) -> tuple[T, ...]:
+    """What `look` finds in each of some pictures of the problem."""
+    if not names:
+        raise ProblemError(f"{problem.id}: {field}: the problem has no picture")
+    found = []
+    for place, name in named(field, names):
+        try:
+            found.append(look(images.picture_path(problem.root, name), problem.max_pixels))
+        except ProblemError as error:
+            raise ProblemError(f"{problem.id}: {place}: {error}") from error
+    return tuple(found)
+
+
+def _published(problem: Problem, view: View) -> dict:
+    return problem.meta.get("published", {}).get(view.value, {})
+
+
+def shown_pictures(problem: Problem, view: View) -> tuple[str, ...]:
+    """Paths of the pictures that a view is made of: those published for it, else the problem's own."""
+    return as_tuple(_published(problem, view).get("image")) or problem.pictures
+
+
+def every_picture(problem: Problem) -> tuple[str, ...]:
+    """Paths of the problem's own pictures and of those published for its views, each once."""
+    published = problem.meta.get("published", {}).values()
+    return tuple(dict.fromkeys((*problem.pictures, *(name for entry in published for name in as_tuple(entry.get("image"))))))
 
 
 def _hash(*parts: object) -> bytes:
@@ -80,27 +110,30 @@ def _hash(*parts: object) -> bytes:
 
 
 def shown_options(problem: Problem) -> tuple[str, ...] | None:
-    """The options in the order in which every view shows them: permuted by a hash of the problem's id."""
-    if problem.options is None:
-        return None
+    """The options in the order in which every view shows them: permuted by a hash of the problem's id.
+
+    With meta.keep_order they keep the file's order.
+    """
+    if problem.options is None or problem.meta.get("keep_order"):
+        return problem.options
     order = sorted(range(len(problem.options)), key=lambda number: _hash("option", problem.id, number))
     return tuple(problem.options[number] for number in order)
 
 
 def _impossible(problem: Problem, view: View, other: Problem | None) -> str | None:
     """Why the problem cannot have the view; None when it can."""
-    if view not in NO_PICTURE and problem.image is None:
+    if view not in NO_PICTURE and not shown_pictures(problem, view):
         return "the problem has no picture"
-    if view in (View.both, View.text) and problem.facts is None:
+    if view in (View.both, View.text) and problem.facts is None and not _published(problem, view):
         return "the problem has no facts"
-    if view in (View.shuffled, View.conflict) and other is None:
+    if (view is View.shuffled or view in OTHERS_FACTS) and other is None:
         return "no other problem was given"
     if view is View.shuffled:
-        if other.image is None:
+        if not other.pictures:
             return f"the other problem ({other.id}) has no picture"
-        if (other.root, other.image) == (problem.root, problem.image):
+        if not _paths(other).isdisjoint(_paths(problem)):
             return f"the other problem ({other.id}) has the same picture"
-    if view is View.conflict:
+    if view in OTHERS_FACTS:
         if other.facts is None:
             return f"the other problem ({other.id}) has no facts"
         if other.facts == problem.facts:
@@ -108,86 +141,128 @@ def _impossible(problem: Problem, view: View, other: Problem | None) -> str | No
     return None
 
 
+def _paths(problem: Problem) -> set[tuple[str, str]]:
+    return {(str(problem.root), name) for name in problem.pictures}
+
+
 def possible_views(problem: Problem, other: Problem | None = None) -> tuple[View, ...]:
     """The views that `render(problem, view, other)` can make, as far as is known without opening a picture."""
     return tuple(view for view in View if _impossible(problem, view, other) is None)
 
 
-def render(problem: Problem, view: View | str, other: Problem | None = None) -> Prompt:
+def render(problem: Problem, view: View | str, other: Problem | None = None, *, rationale: bool = False) -> Prompt:
     """The problem as a chat prompt of one user turn.
 
-    other: the problem whose picture (`shuffled`) or facts (`conflict`) are borrowed; see `partners`.
-    Raises ProblemError, naming id and view, when the problem cannot have the view.
+    A picture stands where its marker `<image N>` first occurs in the text, instead of it; pictures without a marker stand
+    before the text, in order. Markers of pictures that the view does not show stay as text.
+
+    other: the problem whose pictures (`shuffled`) or facts (`conflict`, `other_facts`) are borrowed; see `partners`.
+    rationale: ask for the way to the answer too, and put it into the target.
+    Raises ProblemError, naming id and view, when the problem cannot have the view or has no rationale.
     """
     try:
         view = View(view)
     except ValueError as error:
         raise ProblemError(f"{problem.id}: no such view {view!r}; views: {', '.join(v.value for v in View)}") from error
-    if reason := _impossible(problem, view, other):
+    reason = _impossible(problem, view, other)
+    if reason is None and rationale and "rationale" not in problem.meta:
+        reason = "the problem has no rationale (meta.rationale)"
+    if reason:
         raise ProblemError(f"{problem.id}: view {view.value}: {reason}")
+    published = _published(problem, view)
+    question = published.get("question", problem.question)  # None: the pictures show it, and the options
     options = shown_options(problem)
     style = problem.meta.get("answer_with", "letter")
-    question = [problem.question]
+    lines = [RENDERED_TEXT if question is None else question]
     choices, answer, tail = None, problem.answer, OPEN_TAIL
     if options is not None:
         tail = TAIL[style]
         if style == "letter":
             choices = tuple(LETTERS[: len(options)])
             answer = choices[options.index(problem.answer)]
-            question.append("\n".join(f"{letter}. {option}" for letter, option in zip(choices, options)))
+            listed = "\n".join(f"{letter}. {option}" for letter, option in zip(choices, options))
         else:
             choices = options
-            question.append("Options: " + ", ".join(options))
-    question.append(tail)
-    text = "\n".join(question).strip()
+            listed = "Options: " + ", ".join(options)
+        if question is not None:
+            lines.append(listed)
+    lines.append(f"{tail} {RATIONALE_TAIL}" if rationale else tail)
+    text = "\n".join(lines).strip()
+    drawn = text if view is View.rendered and question is not None else None
     try:
-        pictures = _pictures(problem, view, other, text)
+        pictures = _pictures(problem, view, other, drawn)
     except ProblemError as error:
         raise ProblemError(f"{problem.id}: view {view.value}: {error}") from error
-    if view is View.rendered:
+    if drawn is not None:
         text = RENDERED_TEXT
-    elif view in SHOWS_FACTS:
-        facts = other.facts if view is View.conflict else problem.facts
-        text = f"Facts: {facts}\n{text}".strip()
-    content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": text}]
-    return Prompt([{"role": "user", "content": content}], pictures, answer, choices, options)
+    elif view in SHOWS_FACTS and "question" not in published:
+        facts = other.facts if view in OTHERS_FACTS else problem.facts
+        text = text if facts is None else f"Facts: {facts}\n{text}".strip()
+    content, order = _content(text, len(pictures))
+    target = f"{problem.meta['rationale']} Answer: {answer}" if rationale else answer
+    messages = [{"role": "user", "content": content}]
+    return Prompt(messages, tuple(pictures[number - 1] for number in order), answer, choices, options, target)
 
 
-def _pictures(problem: Problem, view: View, other: Problem | None, question: str) -> tuple[Image.Image, ...]:
+def _content(text: str, count: int) -> tuple[list[dict], list[int]]:
+    """(parts of a turn that shows `count` pictures with the text, numbers of the pictures in the order of their parts)."""
+    places: dict[int, re.Match] = {}
+    for marker in MARKER.finditer(text):
+        if 1 <= int(marker[1]) <= count:
+            places.setdefault(int(marker[1]), marker)
+    order = [number for number in range(1, count + 1) if number not in places]
+    parts, end = [{"type": "image"} for _ in order], 0
+    for marker in places.values():
+        if before := text[end : marker.start()]:
+            parts.append({"type": "text", "text": before})
+        parts.append({"type": "image"})
+        end = marker.end()
+    return [*parts, {"type": "text", "text": text[end:]}], [*order, *places]
+
+
+def _pictures(problem: Problem, view: View, other: Problem | None, drawn: str | None) -> tuple[Image.Image, ...]:
+    """drawn: text to put below the last picture."""
     if view in NO_PICTURE:
         return ()
-    if view in (View.both, View.vision, View.conflict):
-        return (load_image(problem),)
-    if view is View.rendered:
-        return (images.draw_below(load_image(problem), question),)
-    size = _of_picture(problem, images.upright_size)
+    if view in (View.both, View.vision, View.conflict, View.rendered):
+        if "image" in _published(problem, view):
+            shown = _each(problem, shown_pictures(problem, view), images.load, f"meta.published.{view.value}.image")
+        else:
+            shown = load_images(problem)
+        return shown if drawn is None else (*shown[:-1], images.draw_below(shown[-1], drawn))
+    sizes = _each(problem, problem.pictures, images.upright_size)
     if view is View.shuffled:
-        borrowed = load_image(other)
-        return (borrowed if borrowed.size == size else borrowed.resize(size, Image.Resampling.BICUBIC),)
+        borrowed = _each(other, other.pictures[: len(sizes)], images.load)
+        turns = [borrowed[number % len(borrowed)] for number in range(len(sizes))]
+        return tuple(
+            picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
+            for picture, size in zip(turns, sizes)
+        )
     if view is View.noise:
-        return (images.noise(size, problem.id),)
-    return (Image.new("RGB", size, (LEVELS[view],) * 3),)
+        keys = [problem.id, *(f"{problem.id}\0{number}" for number in range(2, len(sizes) + 1))]
+        return tuple(images.noise(size, key) for size, key in zip(sizes, keys))
+    return tuple(Image.new("RGB", size, (LEVELS[view],) * 3) for size in sizes)
 
 
 def partners(problems: Sequence[Problem]) -> list[Problem | None]:
-    """For each problem another one of the same source with another picture, for `shuffled` and `conflict`.
+    """For each problem another one of the same source with other pictures, for `shuffled`, `conflict` and `other_facts`.
 
     Deterministic: problems of a source stand in a ring ordered by a hash of their ids, and each takes the next one that
-    has another picture, and other facts where one of the next 50 has them. None for a problem without picture, and
-    where the whole source shows one picture. Problems with facts and without are partnered among themselves. Linear
-    time.
+    has other pictures: of the next 50 one that shares no picture and has other facts, or at least shares no picture, where
+    there is one. None for a problem without picture, and where the whole source shows the same. Problems with facts and
+    without are partnered among themselves. Linear time.
     """
     rings: dict[tuple, list[int]] = {}
     for index, problem in enumerate(problems):
-        if problem.image is not None:
+        if problem.pictures:
             rings.setdefault((problem.source, problem.facts is None), []).append(index)
     found: list[Problem | None] = [None] * len(problems)
     for ring in rings.values():
         ring.sort(key=lambda index: _hash("partner", problems[index].id))
         members = [problems[index] for index in ring]
-        pictures = [(str(member.root), member.image) for member in members]
+        pictures = [frozenset(_paths(member)) for member in members]
         count = len(ring)
-        step = [0] * count  # how many places on the next other picture stands; 0: there is none
+        step = [0] * count  # how many places on the next other pictures stand; 0: there are none
         if len(set(pictures)) > 1:
             for place in range(2 * count - 1, -1, -1):  # two rounds, because the last ones look past the ring's start
                 here, following = place % count, (place + 1) % count
@@ -197,13 +272,15 @@ def partners(problems: Sequence[Problem]) -> list[Problem | None]:
     return found
 
 
-def _partner(members: list[Problem], pictures: list[tuple], place: int, first: int) -> Problem:
-    count, facts = len(members), members[place].facts
+def _partner(members: list[Problem], pictures: list[frozenset], place: int, first: int) -> Problem:
+    count, facts, apart = len(members), members[place].facts, None
     for offset in range(first, min(first + 50, count)):
         there = (place + offset) % count
-        if pictures[there] != pictures[place] and (facts is None or members[there].facts != facts):
-            return members[there]
-    return members[(place + first) % count]
+        if pictures[there].isdisjoint(pictures[place]):
+            if facts is None or members[there].facts != facts:
+                return members[there]
+            apart = apart or members[there]
+    return apart or members[(place + first) % count]
 
 
 def summary(problems: Sequence[Problem]) -> Table:
@@ -216,7 +293,8 @@ def summary(problems: Sequence[Problem]) -> Table:
         columns[source] = {
             "problems": str(len(part)),
             "groups": str(len({problem.group for problem in part})),
-            "pictures": str(len({problem.image for problem in part} - {None})),
+            "pictures": str(len({name for problem in part for name in every_picture(problem)})),
+            "pictures a problem": _span([len(problem.pictures) for problem in part]),
             "views": ", ".join(
                 v.value if views[v] == len(part) else f"{v.value} ({views[v]})" for v in View if views[v]
             ),
@@ -226,6 +304,11 @@ def summary(problems: Sequence[Problem]) -> Table:
     for name in next(iter(columns.values()), {}):
         table.add_row(name, *(column[name] for column in columns.values()))
     return table
+
+
+def _span(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}, mean {sum(counts) / len(counts):.1f}"
 
 
 def _balance(part: Sequence[Problem]) -> dict[str, str]:

@@ -1,117 +1,26 @@
-"""Problems on disk: one JSON object a line (utf-8), pictures beside the file. Rows are checked on both ways."""
+"""Problems on disk: one JSON object a line (utf-8), pictures beside the file. Rows are checked on both ways.
 
-import difflib
+What a problem is and when a row is one is in data_prep.rows; its names are importable from here.
+"""
+
 import json
 import math
 import os
-import string
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_prep.images import MAX_PIXELS, ProblemError, header_size, load, picture_path
+from data_prep.rows import ANSWER_WITH, FIELDS, LETTERS, MARKER, Problem, as_tuple, check_row, named, one_or_several
 
-LETTERS = string.ascii_uppercase
-ANSWER_WITH = ("letter", "text")
+__all__ = [
+    "ANSWER_WITH", "FIELDS", "LETTERS", "MARKER", "BadRows", "Problem", "as_tuple", "check_row", "dump", "json_lines",
+    "named", "one_or_several", "parse_json", "read_problems", "replacing", "side_file", "write_problems",
+]  # fmt: skip
+
 VERIFY: dict[str, Callable | None] = {"full": load, "header": header_size, "none": None}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One question about one picture whose facts may also be known in words."""
-
-    id: str
-    group: str  # problems that are not independent (one picture, one sentence) share a group
-    source: str
-    image: str | None  # path relative to `root`, "/"-separated; None: no picture
-    facts: str | None  # what the picture shows, in words; None: cannot be posed as text
-    question: str
-    options: tuple[str, ...] | None  # None: open answer
-    answer: str  # one of the options when there are options
-    license: str
-    meta: dict = field(hash=False)  # free, but meta["answer_with"] is "letter" (default) or "text"
-    root: Path = field(default=Path("."), compare=False, repr=False)  # folder of the JSONL file; not written
-    max_pixels: int = field(default=MAX_PIXELS, compare=False, repr=False)  # largest picture to load; not written
-
-
-FIELDS = tuple(f.name for f in fields(Problem) if f.compare)
-NULLABLE = ("image", "facts")
-
-
-def check_row(row: Any) -> dict:
-    """The row, if it has exactly the fields of a Problem with right types and values; else ProblemError "<field>: ...".
-
-    `options` may be a list or a tuple. Pictures are not looked at.
-    """
-    if not isinstance(row, dict):
-        raise ProblemError(f"row: must be an object, not {_kind(row)}")
-    for name in row:
-        if name not in FIELDS:
-            near = difflib.get_close_matches(name, FIELDS, 1)
-            raise ProblemError(f"{name}: unknown field" + (f"; did you mean {near[0]!r}?" if near else ""))
-    for name in FIELDS:
-        if name not in row:
-            raise ProblemError(f"{name}: missing field")
-    for name in FIELDS:
-        if name not in ("options", "meta") and not (row[name] is None and name in NULLABLE):
-            _check_text(name, row[name], " or null" if name in NULLABLE else "")
-    if row["image"] is None and row["facts"] is None:
-        raise ProblemError("facts: a problem needs a picture or facts, this one has neither")
-    _check_meta(row["meta"])
-    if row["options"] is not None:
-        _check_options(row)
-    return row
-
-
-def _check_text(name: str, value: Any, otherwise: str = "") -> None:
-    if not isinstance(value, str):
-        raise ProblemError(f"{name}: must be text{otherwise}, not {_kind(value)}")
-    if not value.strip():
-        raise ProblemError(f"{name}: is empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ProblemError(f"{name}: holds half of a surrogate pair at character {error.start}") from error
-
-
-def _check_meta(meta: Any) -> None:
-    if not isinstance(meta, dict):
-        raise ProblemError(f"meta: must be an object, not {_kind(meta)}")
-    if meta.get("answer_with", "letter") not in ANSWER_WITH:
-        raise ProblemError(f"meta: answer_with must be 'letter' or 'text', not {meta['answer_with']!r}")
-    try:
-        json.dumps(meta, allow_nan=False, ensure_ascii=False).encode("utf-8")
-    except (TypeError, ValueError) as error:
-        raise ProblemError(f"meta: cannot be written as JSON ({error})") from error
-
-
-def _check_options(row: dict) -> None:
-    options = row["options"]
-    if not isinstance(options, list | tuple):
-        raise ProblemError(f"options: must be a list or null, not {_kind(options)}")
-    for number, option in enumerate(options):
-        _check_text(f"options[{number}]", option)
-        if option != option.strip():
-            raise ProblemError(f"options[{number}]: {option!r} has spaces at its edge")
-    if len(options) < 2:
-        raise ProblemError(f"options: needs at least 2, has {len(options)}")
-    if len(set(options)) < len(options):
-        twice = next(option for option in options if options.count(option) > 1)
-        raise ProblemError(f"options: {twice!r} stands there twice")
-    if len(options) > len(LETTERS) and row["meta"].get("answer_with", "letter") == "letter":
-        raise ProblemError(f"options: {len(options)} options, but {len(LETTERS)} letters; set meta.answer_with to text")
-    if row["answer"] not in options:
-        raise ProblemError(f"answer: {row['answer']!r} is not among the options ({', '.join(options)})")
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)
 
 
 def parse_json(line: bytes) -> Any:
@@ -226,13 +135,14 @@ def read_problems(
                 row = check_row(parse_json(line)) if line else _blank()
                 if row["id"] in seen:
                     raise ProblemError(f"id: {row['id']!r} stands on line {seen[row['id']]} already")
-                if row["image"] is not None:
-                    check_picture(row["image"])
+                for place, picture in _all_pictures(row):
+                    check_picture(place, picture)
             except ProblemError as error:
                 bad.keep(path, number, error, line)
                 continue
             seen[row["id"]] = number
             row["options"] = None if row["options"] is None else tuple(row["options"])
+            row["image"] = one_or_several(as_tuple(row["image"]))
             problems.append(Problem(**row, root=path.parent, max_pixels=max_pixels))
     except OSError as error:
         raise ProblemError(f"{path}: cannot be read ({error.strerror})") from error
@@ -244,11 +154,18 @@ def _blank() -> dict:
     raise ProblemError("row: is blank; only the end of the file may be")
 
 
-def _picture_check(root: Path, look: Callable | None, max_pixels: int) -> Callable[[str], None]:
+def _all_pictures(row: dict) -> Iterator[tuple[str, str]]:
+    """(field, path) of the row's own pictures and of those that it holds for single views."""
+    yield from named("image", row["image"])
+    for view, entry in row["meta"].get("published", {}).items():
+        yield from named(f"meta.published.{view}.image", entry.get("image"))
+
+
+def _picture_check(root: Path, look: Callable | None, max_pixels: int) -> Callable[[str, str], None]:
     """A check of one picture that looks at each file once, however many problems share it."""
     known: dict[str, str | None] = {}
 
-    def check(image: str) -> None:
+    def check(place: str, image: str) -> None:
         if image not in known:
             try:
                 file = picture_path(root, image)
@@ -258,7 +175,7 @@ def _picture_check(root: Path, look: Callable | None, max_pixels: int) -> Callab
             except ProblemError as error:
                 known[image] = str(error)
         if known[image]:
-            raise ProblemError(f"image: {known[image]}")
+            raise ProblemError(f"{place}: {known[image]}")
 
     return check
 
@@ -272,6 +189,7 @@ def write_problems(path: str | Path, problems: Iterable[Problem]) -> None:
     with replacing(path) as file:
         for number, problem in enumerate(problems, start=1):
             row = {name: getattr(problem, name) for name in FIELDS}
+            row["image"] = one_or_several(problem.pictures) if isinstance(problem.image, tuple) else problem.image
             try:
                 check_row(row)
                 if row["id"] in seen:

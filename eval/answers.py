@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 # A gap between runs that differ in one of these would measure the setting.
-SETTINGS = ("parser", "mode", "max_new_tokens", "pixels")
-ORDER = ("both", "text", "vision", "blind", "white", "black", "gray", "noise", "shuffled", "conflict", "rendered")
+SETTINGS = ("parser", "mode", "rationale", "max_new_tokens", "pixels")
+ORDER = ("both", "text", "vision", "blind", "white", "black", "gray", "noise", "shuffled", "conflict", "other_facts", "rendered")
 FIELDS = ("task", "view", "id", "group", "gold", "pred", "correct")
 
 
@@ -73,7 +73,7 @@ class Side:
 def read_run(folder: str | Path) -> Run:
     """Read an output folder of eval.run. Raises AnswersError for a missing, torn, repeated or contradictory row."""
     folder = Path(folder)
-    info = _json(folder / "run.json")
+    info = {"rationale": False, **_json(folder / "run.json")}     # older runs knew no rationale
     for key in (*SETTINGS, "tasks"):
         if key not in info:
             raise AnswersError(f"{folder / 'run.json'} has no '{key}', so its answers cannot be compared")

@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from eval import stats
-from eval.answers import AnswersError, Side, check_pair, read_side, sides_of
+from eval.answers import SETTINGS, AnswersError, Side, check_pair, read_side, sides_of
 
 MARGIN = 0.02  # how much `text` or `both` may fall while the gap still counts as closed well
 DIFFERENCES = {"gap": ("both", "vision"), "text_gap": ("text", "vision"), "image_gain": ("vision", "blind")}
 REPLACED = ("blind", "white", "black", "gray", "noise", "shuffled")  # views that flip rates are taken against
-AT_CHANCE = ("blind", "white", "black", "gray", "noise", "shuffled", "conflict")  # where chance is no warning
+AT_CHANCE = ("blind", "white", "black", "gray", "noise", "shuffled", "conflict", "other_facts")  # where chance is no warning
 FOUR = ("blind", "vision", "text", "both")  # the coalitions of the two-player game: none, image, text, both
 
 
@@ -142,7 +142,7 @@ def compare(before: Side, after: Side, *, seed: int = 0, margin: float = MARGIN)
     tasks = check_pair(before, after)
     return {
         "before": provenance(before), "after": provenance(after), "margin": margin, "bootstrap_seed": seed,
-        "settings": {key: before.runs[0].info[key] for key in ("parser", "mode", "max_new_tokens", "pixels")},
+        "settings": {key: before.runs[0].info[key] for key in SETTINGS},
         "only_in_one": sorted(set(before.tasks()) ^ set(after.tasks())),
         "tasks": {task: {"before": measure(before, task, seed=seed), "after": measure(after, task, seed=seed),
                          "change": change(before, after, task, seed=seed, margin=margin)} for task in tasks},

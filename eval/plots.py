@@ -6,10 +6,13 @@ grey. Text is drawn as paths: a figure looks the same wherever it is shown and n
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -21,6 +24,7 @@ STYLE = {
     "blind": ("X", "#555555", False), "white": ("P", "#CC79A7", False), "black": ("*", "#000000", False),
     "gray": ("h", "#999999", False), "noise": ("d", "#56B4E9", False), "shuffled": ("v", "#E69F00", False),
     "conflict": ("<", "#F0E442", False), "rendered": ("D", "#882255", False),
+    "other_facts": (">", "#117733", False),
 }
 RUNS = [("o", "#0072B2"), ("s", "#D55E00"), ("^", "#009E73"), ("D", "#CC79A7"), ("v", "#E69F00"), ("P", "#56B4E9")]
 HATCH = ["", "///", "...", "xxx", "\\\\\\", "+++"]
@@ -174,3 +178,127 @@ def _svg(draw: Callable[[Figure], None], size: tuple[float, float]) -> str:
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def curve_figure(curves: Mapping[str, Sequence[Mapping]], *, title: str = "") -> str:
+    """Two panels against optimizer steps: the gap, and the accuracies it is made of (both solid, vision dashed).
+
+    curves: recipe -> points, each {"step": int, "gap": Point, "both": Point, "vision": Point}, in order of steps. Bands
+    are the points' intervals. Raises ValueError for nothing to draw. Returns the SVG as text.
+    """
+    if not any(curves.values()):
+        raise ValueError("no points to draw")
+
+    def draw(figure: Figure) -> None:
+        gaps, accuracies = figure.subplots(1, 2)
+        for number, (recipe, points) in enumerate(curves.items()):
+            # a second round of the palette has hollow markers
+            style = {"color": RUNS[number % len(RUNS)][1], "marker": RUNS[number % len(RUNS)][0], "markersize": 5,
+                     "markerfacecolor": "white" if number // len(RUNS) % 2 else RUNS[number % len(RUNS)][1]}
+            steps = [point["step"] for point in points]
+            for axes, what, line in ((gaps, "gap", "-"), (accuracies, "both", "-"), (accuracies, "vision", (0, (4, 2)))):
+                value, low, high = ([100 * point[what][part] for point in points] for part in range(3))
+                axes.plot(steps, value, linestyle=line, linewidth=1.6, label=recipe if what == "gap" else None, **style)
+                axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        gaps.axhline(0, color="#555555", linewidth=1)
+        gaps.set_title(title)
+        gaps.set_ylabel("gap (both - vision) in points")
+        accuracies.set_ylim(0, 102)
+        accuracies.set_ylabel("accuracy in per cent")
+        for axes in (gaps, accuracies):
+            axes.set_xlabel("optimizer step, bands: 95 % intervals")
+            axes.set_xticks(sorted({point["step"] for points in curves.values() for point in points}))
+            axes.grid(axis="y", color="#E5E5E5", linewidth=0.6)
+            axes.set_axisbelow(True)
+        for name, line in (("both", "-"), ("vision", (0, (4, 2)))):
+            accuracies.plot([], [], color="#222222", linestyle=line, linewidth=1.6, label=name)
+        accuracies.legend(loc="lower right", frameon=False)
+        figure.legend(*gaps.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+
+    return _svg(draw, (9.6, 3.6 + 0.22 * (len(curves) // 4)))
+
+
+def stamp(numbers: Sequence) -> str:
+    """A comment with the hash of the numbers drawn, the last line of a committed figure: a check then draws nothing."""
+    text = json.dumps(numbers, sort_keys=True)
+    return f"<!-- numbers {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+class Panel(NamedTuple):
+    """One panel of `panel_figure`: series (run) -> {row: (value, low, high)}, drawn times `scale`."""
+
+    label: str
+    series: Mapping[str, Mapping[str, Point]]
+    scale: float = 100
+    line: float | None = 0.0  # a reference to draw, in the unit of the values
+    limits: tuple[float | None, float | None] = (None, None)
+
+
+def panel_figure(panels: Sequence[Panel], *, title: str = "") -> str:
+    """Values with intervals, one row per name, side by side panels that share their rows; a run has one marker in all.
+
+    Raises ValueError when there is nothing to draw. Returns the SVG as text.
+    """
+    names = list(dict.fromkeys(name for panel in panels for series in panel.series.values() for name in series))
+    runs = list(dict.fromkeys(run for panel in panels for run in panel.series))
+    if not names:
+        raise ValueError("nothing to draw")
+
+    def draw(figure: Figure) -> None:
+        for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
+            for number, run in enumerate(runs):
+                marker, colour = RUNS[number % len(RUNS)]
+                shift = 0.66 * ((number + 0.5) / len(runs) - 0.5)
+                series = panel.series.get(run, {})
+                places = [place + shift for place, name in enumerate(names) if name in series]
+                found = [series[name] for name in names if name in series]
+                if found:
+                    reach = [[one * panel.scale / 100 for one in side] for side in _reach(found)]  # _reach is times 100
+                    axes.errorbar([panel.scale * one[0] for one in found], places, xerr=reach, fmt=marker, color=colour,
+                                  markerfacecolor=colour if number % 2 == 0 else "white", markeredgewidth=1.5, markersize=7,
+                                  capsize=2.5, zorder=3)
+            if panel.line is not None:
+                axes.axvline(panel.scale * panel.line, color="#555555", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+            for place in range(1, len(names)):
+                axes.axhline(place - 0.5, color="#E5E5E5", linewidth=0.6, zorder=0)
+            axes.set_yticks(range(len(names)), names)
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.set_xlim(*panel.limits)
+            axes.set_xlabel(panel.label)
+            axes.grid(axis="x", color="#E5E5E5", linewidth=0.6)
+            axes.set_axisbelow(True)
+        figure.axes[0].set_title(title)
+        styles = [(run, *RUNS[number % len(RUNS)], number % 2 == 0) for number, run in enumerate(runs)]
+        handles = [figure.axes[0].plot([], [], marker=marker, color=colour, linestyle="none", markersize=7, markeredgewidth=1.5,
+                                       markerfacecolor=colour if filled else "white")[0] for _, marker, colour, filled in styles]
+        figure.legend(handles, runs, loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
+
+    return _svg(draw, (2.2 + 6.0 * min(1, len(panels)) + 3.4 * (len(panels) - 1), 1.3 + len(names) * (0.16 + 0.13 * len(runs))))
+
+
+def share_figure(rows: Mapping[str, Mapping[str, float]], *, title: str = "", label: str = "") -> str:
+    """Stacked bars, one per run: {run: {part: share}}, the same parts in every run. Raises ValueError for no rows."""
+    if not rows:
+        raise ValueError("nothing to draw")
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        parts = list(next(iter(rows.values())))
+        start = [0.0] * len(rows)
+        for number, part in enumerate(parts):
+            widths = [100 * row[part] for row in rows.values()]
+            axes.barh(range(len(rows)), widths, 0.62, left=start, label=part, edgecolor="white", hatch=HATCH[number % len(HATCH)],
+                      color=("#D55E00", "#DDDDDD", "#0072B2")[number % 3])
+            for place, (left, width) in enumerate(zip(start, widths)):
+                if width >= 6:  # narrower, the number would not fit
+                    axes.text(left + width / 2, place, f"{width:.0f}", ha="center", va="center", fontsize=9,
+                              bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})
+            start = [left + width for left, width in zip(start, widths)]
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlim(0, 100)
+        axes.set_xlabel(label)
+        axes.set_title(title)
+        figure.legend(loc="outside lower center", ncols=len(parts), frameon=False)
+
+    return _svg(draw, (8.2, 1.4 + 0.45 * len(rows)))

@@ -2,36 +2,40 @@
 
 Rewrites what stands between `<!-- generated: WHAT -->` and `<!-- end -->` in README.md and recipes/README.md. WHAT is
 `recipes` (a table of the recipes) or a folder of results, such as `results/demo`, with the name of a task behind it
-when another one than --task is meant. Draws gap.svg beside every results/*/summary.json. --check writes nothing and
-exits 1 naming what is out of date.
+when another one than --task is meant, or `curve` and such a folder (the table of eval.curve). Draws gap.svg beside
+every results/*/summary.json and curve.svg beside every curve.json. --check writes nothing and exits 1 naming what is
+out of date.
 
-    python -m eval.readme --collect results/demo base=DIR control=DIR,DIR,DIR vision-centric=DIR,DIR,DIR
+    python -m eval.readme --collect results/demo --control full-text base=DIR full-text=DIR,DIR,DIR no-text=DIR,DIR,DIR
 
-writes results/demo/summary.json from output folders of eval.run (one per training seed) before it does the same.
+writes results/demo/summary.json from output folders of eval.run (one per training seed) before it does the same. Every
+run is compared with the first and with the control.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import yaml
+from tqdm import tqdm
 
-from data_prep.provenance import file_sha256, write_json
-from eval import gap, plots, stats
-from eval.answers import AnswersError, Run, Side, check_pair
+from data_prep.provenance import write_json
+from eval import curve, gap, plots, stats
+from eval.answers import SETTINGS, AnswersError, Side, check_pair
+from eval.parents import parents, rounded
 from eval.report import CONTROL, pairs_of, parse_runs
 from eval.show import table_lines
 
 DOCUMENTS = ("README.md", "recipes/README.md")
 BLOCK = re.compile(r"(?<=<!-- generated: )(?P<what>[^\n]+?) -->\n(?P<body>.*?)(?=<!-- end -->)", re.S)
-VIEWS = ("text", "both", "vision", "blind")
+VIEWS = ("both", "text", "vision", "blind")
 KEPT = ("n", "n_groups", "n_seeds", "chance", "views", *gap.DIFFERENCES, "shapley", "warnings")
 CHANGES = ("views", *gap.DIFFERENCES, "verdict")
 TITLE = "Accuracy per view; the bar is the gap, both - vision"
@@ -41,20 +45,27 @@ class ReadmeError(ValueError):
     """Results that may not be collected or documents that cannot be generated; the message is one sentence."""
 
 
-def collect(sides: Sequence[Side], *, task: str | None = None, seed: int = 0, allow_dirty: bool = False) -> dict:
-    """The content of summary.json: every run with its parents, every task's numbers, every pair's changes.
+def collect(sides: Sequence[Side], *, task: str | None = None, control: str | None = None, seed: int = 0,
+            allow_dirty: bool = False) -> dict:
+    """The content of summary.json: every run with its parents, every task's numbers, the changes of `pairs_of`.
 
-    task: the one that the README's figure and table show when they name none; default: the first.
-    Raises ReadmeError for a run without its parents (commit, recipe, finished training) or from a changed working tree,
-    AnswersError for runs that were not measured alike on the same items.
+    task: the one that the README's figure and table show when they name none; default: the first. control: name of the
+    run that is one; default: the run called full-text, if there is one.
+    Raises ReadmeError for a control that is no run, AnswersError for a run without its parents (commit, recipe, finished
+    training) or from a changed working tree, and for runs that were not measured alike on the same items.
     """
-    runs = [{"name": side.name, "seeds": [_parents(run, allow_dirty) for run in side.runs]} for side in sides]
+    given = [side.name for side in sides]
+    if control not in (None, *given):
+        raise ReadmeError(f"no run is called {control}, so it cannot be the control; there are {', '.join(given)}")
+    if control is None and CONTROL in given:
+        control = CONTROL
+    runs = [{"name": side.name, "seeds": [parents(run, allow_dirty=allow_dirty) for run in side.runs]} for side in sides]
     for run in runs:
-        seeds = [parents["seed"] for parents in run["seeds"]]
-        if len(set(seeds)) < len(seeds) or len({parents["recipe"] for parents in run["seeds"]}) > 1:
+        seeds = [one["seed"] for one in run["seeds"]]
+        if len(set(seeds)) < len(seeds) or len({one["recipe"] for one in run["seeds"]}) > 1:
             raise ReadmeError(f"the runs of {run['name']} are not one recipe with seeds that differ: "
-                              + ", ".join(f"{parents['recipe']} {parents['seed']}" for parents in run["seeds"]))
-    pairs = pairs_of(sides)
+                              + ", ".join(f"{one['recipe']} {one['seed']}" for one in run["seeds"]))
+    pairs = pairs_of(sides, control)
     for before, after in pairs:
         check_pair(before, after)
     names = sorted(set.intersection(*(set(side.tasks()) for side in sides)))
@@ -62,81 +73,60 @@ def collect(sides: Sequence[Side], *, task: str | None = None, seed: int = 0, al
         raise ReadmeError(f"tasks that all runs hold: {', '.join(names) or 'none'}" + (f"; not {task}" if task else ""))
     tasks = {}
     for name in names:
-        measured = {side.name: gap.measure(side, name, seed=seed) for side in sides}
+        measured = {side.name: gap.measure(side, name, seed=seed) for side in _bar(sides, f"{name}: runs")}
         tasks[name] = {
             "runs": {run: {key: found[key] for key in KEPT if key in found} for run, found in measured.items()},
             "changes": [{"before": before.name, "after": after.name,
                          **{key: value for key, value in gap.change(before, after, name, seed=seed).items()
-                            if key in CHANGES}} for before, after in pairs],
+                            if key in CHANGES}} for before, after in _bar(pairs, f"{name}: changes")],
         }
-    dirty = any(parents[key] for run in runs for parents in run["seeds"] for key in ("dirty", "training_dirty"))
-    settings = {key: sides[0].runs[0].info[key] for key in ("parser", "mode", "max_new_tokens", "pixels")}
-    return _rounded(gap.plain({"runs": runs, "headline": task or names[0], "tasks": tasks, "dirty": dirty,
-                               "settings": settings, "margin": gap.MARGIN, "bootstrap_seed": seed}))
+    dirty = any(one[key] for run in runs for one in run["seeds"] for key in ("dirty", "training_dirty"))
+    settings = {key: sides[0].runs[0].info[key] for key in SETTINGS}
+    return rounded(gap.plain({"runs": runs, "control": control, "headline": task or names[0], "tasks": tasks,
+                              "dirty": dirty, "settings": settings, "margin": gap.MARGIN, "bootstrap_seed": seed}))
 
 
-def _parents(run: Run, allow_dirty: bool) -> dict:
-    """Where one run comes from: the evaluation's run.json and, behind an adapter, the run folder of its training."""
-    info, where = run.info, run.folder.as_posix()
-    found = {
-        **{key: info.get(key) for key in ("commit", "dirty", "packages", "python", "device", "seed", "model_sha256",
-                                          "adapter_sha256", "revision")},
-        "model": _place(info["model"]), "eval_seconds": info.get("seconds"),
-        "data_sha256": {task: one["sha256"] for task, one in info["tasks"].items()},
-        "recipe": None, "recipe_sha256": None, "steps": None, "training_data_sha256": None, "training_seconds": None,
-        "training_commit": None, "training_dirty": False, "training_device": None, "training_packages": None,
-    }
-    if info.get("adapter"):
-        training, recipe = info.get("training"), Path(info["adapter"]).parent / "recipe.yaml"
-        if not training or not recipe.is_file():
-            raise ReadmeError(f"{where}: no run.json and recipe.yaml beside the adapter {info['adapter']}, so its "
-                              "training is not known")
-        if not training.get("finished"):
-            raise ReadmeError(f"{where}: the training of {info['adapter']} was not finished")
-        values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-        if info.get("seed") not in (None, values["seed"]):
-            raise ReadmeError(f"{where}: seed {info['seed']} was recorded, but {recipe} says {values['seed']}")
-        found |= {
-            "seed": values["seed"], "recipe": values["name"], "recipe_sha256": file_sha256(recipe),
-            "steps": values["steps"], "training_seconds": training.get("seconds"),
-            "training_data_sha256": {_place(name): one for name, one in training.get("data", {}).items()},
-            "training_commit": training.get("commit"), "training_dirty": training.get("dirty"),
-            "training_device": training.get("device"), "training_packages": training.get("packages"),
-        }
-    commits = [found["commit"], *([found["training_commit"]] if found["recipe"] else [])]
-    if not allow_dirty and not all(commits):
-        raise ReadmeError(f"{where}: no commit was recorded (--allow-dirty collects it all the same)")
-    if not allow_dirty and (found["dirty"] or found["training_dirty"]):
-        raise ReadmeError(f"{where}: made from a working tree with uncommitted changes (--allow-dirty collects it all "
-                          "the same, and says so)")
-    return found
-
-
-def _place(name: str) -> str:
-    """A path without the machine it is on; hub ids and relative paths as they are."""
-    path = Path(name)
-    if not path.is_absolute():
-        return name
-    return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else path.name
-
-
-def _rounded(value):
-    """Floats to six significant digits: more of them would say nothing and would change with the machine."""
-    if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_rounded(one) for one in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+def _bar(things: Sequence, name: str) -> tqdm:
+    return tqdm(things, desc=name, mininterval=1)
 
 
 def results_block(summary: Mapping, task: str) -> list[str]:
     """The README's table of one task and the sentence below it."""
-    rows = _rows(summary, task)
-    cells = [(f"`{row['run']}`",
-              *(gap.points(row["views"][view][0]) if view in row["views"] else "-" for view in VIEWS),
-              gap.within(row["gap"], sign=True), gap.within(row["image_gain"], sign=True)) for row in rows]
-    header = ("run", *VIEWS, "gap (both - vision)", "image gain (vision - blind)")
+    rows, control = _rows(summary, task), _control(summary)
+    cells = []
+    for row in rows:
+        change = _change(summary, task, row["run"]) or {}
+        cells.append((f"`{row['run']}`",
+                      *(gap.points(row["views"][view][0]) if view in row["views"] else "-" for view in VIEWS),
+                      *(gap.within(row[key], sign=True) for key in gap.DIFFERENCES),
+                      gap.within(change.get("gap"), "change", True), gap.closed(change.get("gap")).removesuffix(" %")))
+    header = ("run", *VIEWS, "gap (both - vision)", "text - vision", "image gain (vision - blind)",
+              f"change of the gap against `{control}`", "closed %")
     return [*table_lines(header, cells), "", _sentence(summary, task, rows)]
+
+
+def _control(summary: Mapping) -> str:
+    """The run that the others are held against: the control, or the first run where there is none."""
+    names = [run["name"] for run in summary["runs"]]
+    control = summary.get("control", "control")     # summaries older than the key gave the control this name
+    return control if control in names else names[0]
+
+
+def _change(summary: Mapping, task: str, run: str) -> dict | None:
+    """What changed from the control to the run; None for the control, and for a base that comes before it."""
+    pair = _control(summary), run
+    one = next((one for one in summary["tasks"][task]["changes"] if (one["before"], one["after"]) == pair), None)
+    return _nan(one) if one is not None and "gap" in one else None
+
+
+def _best(summary: Mapping) -> tuple[str | None, int]:
+    """(the run whose gap on the headline task changes to the lowest against the control, how many it was chosen from).
+
+    One run for all tasks: a best one per task would be chosen by each task's luck.
+    """
+    found = {run["name"]: _change(summary, summary["headline"], run["name"]) for run in summary["runs"]}
+    change = {name: one["gap"]["change"] for name, one in found.items() if one is not None}
+    return min(change, key=change.__getitem__, default=None), len(change)
 
 
 def _sentence(summary: Mapping, task: str, rows: Sequence[Mapping]) -> str:
@@ -145,36 +135,33 @@ def _sentence(summary: Mapping, task: str, rows: Sequence[Mapping]) -> str:
             "accuracies and differences in points, with 95 % intervals paired by item and clustered by group.")
     if summary["dirty"]:
         size += " Made from a working tree with uncommitted changes."
-    *others, after = [run["name"] for run in summary["runs"]]
-    before = CONTROL if CONTROL in others else others[0] if others else None
-    changes = summary["tasks"][task]["changes"]
-    one = next((one for one in changes if (one["before"], one["after"]) == (before, after)), None)
-    if one is None or "gap" not in one:
+    before, (after, many) = _control(summary), _best(summary)
+    found = _change(summary, task, after) if after else None
+    if found is None:
         return size
-    found = _nan(one)
+    on = "" if task == summary["headline"] else f" on `{summary['headline']}`"
+    chosen = f", the lowest gap of {many} runs{on}," if many > 1 else ""
     moved = ", ".join(f"`{view}` {gap.within(found['views'][view], 'change', True)}"
                       for view in ("vision", "both", "text") if view in found["views"])
-    trained = [parents for run in summary["runs"] if run["name"] in (before, after) for parents in run["seeds"]
-               if parents["recipe"]]
-    seeds, steps = (sorted({parents[key] for parents in trained}) for key in ("seed", "steps"))
+    trained = [one for run in summary["runs"] if run["name"] in (before, after) for one in run["seeds"] if one["recipe"]]
+    seeds, steps = (sorted({one[key] for one in trained}) for key in ("seed", "steps"))
     per_seed = [gap.points(value, True) for value in found["gap"]["seeds"]["values"]]
-    text = [f"From `{before}` to `{after}` the gap changes by {gap.within(found['gap'], 'change', True)}, which closes "
-            f"{gap.closed(found['gap'])} of it ({found['verdict']['word']}). Accuracy changes: {moved}."]
+    text = [f"From `{before}` to `{after}`{chosen} the gap changes by {gap.within(found['gap'], 'change', True)}, which "
+            f"closes {gap.closed(found['gap'])} of it ({found['verdict']['word']}). Accuracy changes: {moved}."]
     if trained:
-        many = len(per_seed) > 1
-        text.append(f"{len(seeds)} training seed{'s' if many else ''}, {' or '.join(map(str, steps))} optimizer steps "
-                    "each" + (f"; change of the gap per seed: {', '.join(per_seed)}." if many else "."))
+        several = len(per_seed) > 1
+        text.append(f"{len(seeds)} training seed{'s' if several else ''}, {' or '.join(map(str, steps))} optimizer steps "
+                    "each" + (f"; change of the gap per seed: {', '.join(per_seed)}." if several else "."))
     return " ".join([*text, size])
 
 
 def figure(summary: Mapping, task: str) -> str:
-    """gap.svg. Its last line holds a hash of the numbers drawn, so that a check needs no second drawing."""
+    """gap.svg, with the stamp of its numbers as its last line."""
     return plots.gap_figure(_rows(summary, task), title=TITLE) + _stamp(summary, task)
 
 
 def _stamp(summary: Mapping, task: str) -> str:
-    text = json.dumps([TITLE, *_rows(summary, task)], sort_keys=True)
-    return f"<!-- numbers {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+    return plots.stamp([TITLE, *_rows(summary, task)])
 
 
 def _rows(summary: Mapping, task: str) -> list[dict]:
@@ -245,25 +232,31 @@ def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _result(root: Path, recipe: Path, text: str) -> str:
-    """The recipe's gap and a link, where its header names a summary that holds it; else the header's words."""
+    """The recipe's gap, its change against the control and a link, where its header names a summary; "none yet" while
+    that holds no run of the recipe's name. Else the header's words."""
     path = root / text
     if path.name != "summary.json" or not path.is_file():
         return text
     summary, name = _read(path), yaml.safe_load(recipe.read_text(encoding="utf-8"))["name"]
     row = next((row for row in _rows(summary, summary["headline"]) if row["run"] == name), None)
     if row is None:
-        raise ReadmeError(f"{recipe}: Result: {text} holds no run {name}")
-    return f"gap {gap.within(row['gap'], sign=True)} ([numbers](../{text}))"
+        return "none yet"
+    change = _change(summary, summary["headline"], name)
+    against = f"; against `{_control(summary)}` {gap.within(change['gap'], 'change', True)}" if change else ""
+    return f"gap {gap.within(row['gap'], sign=True)}{against} ([numbers](../{text}))"
 
 
 def generate(what: str, root: Path) -> str:
     """The text of one block."""
     if what == "recipes":
         lines = recipes_block(root)
+    elif what.startswith("curve results/"):
+        lines = curve.block(_read(root / what.removeprefix("curve ").strip() / "curve.json"))
     else:
         folder, _, task = what.partition(" ")
         if not folder.startswith("results/"):
-            raise ReadmeError(f"nothing is generated under the name '{what}'; there are recipes and results/...")
+            raise ReadmeError(f"nothing is generated under the name '{what}'; there are recipes, results/... and "
+                              "curve results/...")
         summary = _read(root / folder / "summary.json")
         lines = results_block(summary, task.strip() or summary["headline"])
     return "\n".join(["", *lines, "", ""])
@@ -286,24 +279,31 @@ def rewritten(document: Path, root: Path) -> tuple[str, list[str]]:
 
 def update(root: Path, *, check: bool) -> list[str]:
     """Bring every document and figure up to date, or only look. Returns what is (or was) out of date."""
-    found = []
-    if not any((root / name).is_file() for name in DOCUMENTS):
+    found, documents = [], [name for name in DOCUMENTS if (root / name).is_file()]
+    if not documents:
         raise ReadmeError(f"neither {' nor '.join(DOCUMENTS)} is here; run this in the repository's root")
-    for name in DOCUMENTS:
-        if not (root / name).is_file():
-            continue
-        text, stale = rewritten(root / name, root)
+    # all of them before the first is written, so that an error leaves none of them new beside old ones
+    for name, (text, stale) in [(name, rewritten(root / name, root)) for name in documents]:
         found += [f"{name}: the block '{what}'" for what in stale]
         if stale and not check:
             (root / name).write_text(text, encoding="utf-8", newline="\n")
-    for path in sorted((root / "results").glob("*/summary.json")):
-        drawn, summary = path.with_name("gap.svg"), _read(path)
-        task = summary["headline"]
-        if not drawn.is_file() or not drawn.read_text(encoding="utf-8").endswith(_stamp(summary, task)):
+    for drawn, stamp, draw in _figures(root):
+        if not drawn.is_file() or not drawn.read_text(encoding="utf-8").endswith(stamp):
             found.append(f"the figure {drawn.relative_to(root).as_posix()}")
             if not check:
-                drawn.write_text(figure(summary, task), encoding="utf-8", newline="\n")
+                drawn.write_text(draw(), encoding="utf-8", newline="\n")
     return found
+
+
+def _figures(root: Path) -> Iterator[tuple[Path, str, Callable[[], str]]]:
+    """(path, last line of a figure that is up to date, what draws it) of every figure beside committed results."""
+    for path in sorted((root / "results").glob("*/summary.json")):
+        summary = _read(path)
+        task = summary["headline"]
+        yield path.with_name("gap.svg"), _stamp(summary, task), partial(figure, summary, task)
+    for path in sorted((root / "results").glob("*/curve.json")):
+        found = _read(path)
+        yield path.with_suffix(".svg"), curve.stamp(found), partial(curve.figure, found)
 
 
 def _read(path: Path) -> dict:
@@ -318,6 +318,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 naming what is out of date")
     parser.add_argument("--collect", type=Path, metavar="DIR", help="first write DIR/summary.json from these runs")
     parser.add_argument("--task", help="with --collect: the task of the README's figure and table (default: the first)")
+    parser.add_argument("--control", metavar="NAME", help=f"with --collect: the control among the runs (default: {CONTROL})")
     parser.add_argument("--allow-dirty", action="store_true", help="collect runs of a changed working tree, and say so")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     parser.add_argument("runs", nargs="*", metavar="NAME=DIR[,DIR...]",
@@ -325,6 +326,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.collect is None) != (not args.runs) or (args.check and args.collect):
         parser.error("--collect DIR needs runs behind it and stands without --check")
+    if args.control and not args.collect:
+        parser.error("--control NAME needs --collect DIR")
     return args
 
 
@@ -332,7 +335,7 @@ def main(argv: Sequence[str] | None = None, root: Path = Path(".")) -> None:
     args = parse(argv)
     try:
         if args.collect:
-            summary = collect(parse_runs(args.runs), task=args.task, seed=args.seed,
+            summary = collect(parse_runs(args.runs), task=args.task, control=args.control, seed=args.seed,
                               allow_dirty=args.allow_dirty)
             args.collect.mkdir(parents=True, exist_ok=True)
             write_json(args.collect / "summary.json", summary)

@@ -1,7 +1,7 @@
-"""One self-contained HTML page: python -m eval.report --runs base=DIR control=DIR1,DIR2 better=DIR3 --out report.html
+"""One self-contained HTML page: python -m eval.report --runs base=DIR full-text=DIR1,DIR2 no-text=DIR3 --out report.html
 
 Every run is a name and its output folder(s) of eval.run, one per training seed. The first run is what the others are
-compared with; a run named `control`, if there is one, is compared with as well. The page makes no request: figures are
+compared with; a run named `full-text`, if there is one, is compared with as well. The page makes no request: figures are
 inline SVG, pictures are data URIs, and its security policy forbids everything else. Text of data and models is escaped.
 """
 
@@ -21,12 +21,13 @@ import jinja2
 import numpy as np
 from PIL import Image, ImageOps
 
-from data_prep.problem import ProblemError, read_problems
+from data_prep.problem import NO_PICTURE, ProblemError, read_problems
 from data_prep.provenance import file_sha256
+from data_prep.read import as_tuple
 from eval import gap, plots, stats
 from eval.answers import AnswersError, Side, check_pair, read_side
 
-CONTROL = "control"
+CONTROL = "full-text"
 SAMPLE = 24  # items shown per task
 SIDE_PIXELS = 448  # longer side of a picture on the page
 COLUMN_PIXELS = 290  # smaller pictures are shown enlarged by a whole factor, up to this side
@@ -66,11 +67,10 @@ def _settings(info: dict) -> dict[str, str]:
     return {"parser": info["parser"], "mode": info["mode"], "max_new_tokens": info["max_new_tokens"], "pixels": bounds}
 
 
-def pairs_of(sides: Sequence[Side]) -> list[tuple[Side, Side]]:
-    """Each run against the first, then each against the control."""
+def pairs_of(sides: Sequence[Side], control: str | None = CONTROL) -> list[tuple[Side, Side]]:
+    """Each run against the first, then each run after the first against the control."""
     pairs = [(sides[0], side) for side in sides[1:]]
-    control = next((side for side in sides[1:] if side.name == CONTROL), None)
-    return pairs + [(control, side) for side in sides[1:] if control is not None and side is not control]
+    return pairs + [(one, side) for one in sides[1:] if one.name == control for side in sides[1:] if side is not one]
 
 
 def _task(task: str, sides: Sequence[Side], pairs, sample: int, seed: int, prefix: str) -> dict:
@@ -157,7 +157,7 @@ def _sample(task: str, sides: Sequence[Side], views: list[str], size: int) -> di
     shown = differ[:first] + same[:size - first]
     facts = _facts(sides, task)
     for card in shown:
-        card["picture"], card["problem"] = picture(sides, task, card["image"])
+        card["pictures"] = [(said, *picture(sides, task, image)) for said, image in _shown(sides[0], task, card["id"])]
         card["facts"] = facts.get(card["id"])
     return {"cards": shown, "differing": len(differ), "compared": "vision" if "vision" in views else "any view",
             "kinds": sorted({card["kind"] for card in shown if card["kind"]})}
@@ -178,10 +178,20 @@ def _card(task: str, sides: Sequence[Side], views: list[str], row: dict) -> dict
     kind = (row.get("meta") or {}).get("kind")
     return {"id": row["id"], "kind": "" if kind is None else str(kind), "question": row.get("question", ""),
             "options": list(row.get("options") or row.get("choices") or ()), "gold": row["gold"],
-            "image": row.get("image"), "answers": answers, "differs": differs,
+            "answers": answers, "differs": differs,
             # an answer that is nothing but the choice has been shown already
             "texts": [(f"{name}, {view}:", one["text"]) for name, cells in answers for view, cell in zip(views, cells)
                       for one in cell if one["text"].strip() not in ("", one["said"])]}
+
+
+def _shown(side: Side, task: str, item: str) -> list[tuple[str, str | None]]:
+    """(caption, path) of an item's pictures. The caption names the views where not all of them show the same pictures."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for view in side.views(task):
+        shown = groups.setdefault(as_tuple(side.runs[0].rows[task, view][item].get("image")), [])
+        shown += [view] if view not in NO_PICTURE else []
+    groups = {paths: shown for paths, shown in groups.items() if shown} or groups
+    return [(", ".join(shown) if len(groups) > 1 else "", path) for paths, shown in groups.items() for path in paths or (None,)]
 
 
 def _answer(row: dict) -> dict:

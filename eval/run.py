@@ -1,11 +1,12 @@
 """Ask a model every problem of some tasks in some views.
 
-    python -m eval.run --model assets/tiny --adapter runs/demo/control-seed0/adapter --tasks twins --views both,vision,text,blind \\
-        --out results/answers/control
+    python -m eval.run --model assets/tiny --adapter runs/demo/control-seed0/adapter --tasks twins \\
+        --views both,vision,text,blind --out results/answers/control
 
 Writes answers.jsonl (one object per item and view) and run.json (settings and parents) into --out. The views of an item are
 asked side by side, so a run that is cut short is short in every view alike. The same command continues it; answers are kept by
-a hash of prompt, picture, model and settings, so nothing stale is served.
+a hash of prompt, pictures, model and settings, so nothing stale is served. Prompts that are equal to the last pixel are asked
+once where they come close together, and the answer is written for each item.
 """
 
 import argparse
@@ -14,7 +15,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,12 +35,15 @@ from data_prep.problem import (
     possible_views,
     read_problems,
     render,
+    shown_pictures,
 )
 from data_prep.provenance import file_sha256, parents, weights_fingerprint, write_json
+from data_prep.read import one_or_several
 from eval.parse import PARSER_VERSION
 from eval.tasks import TASKS, Task, TaskError, find_task
 
 WINDOW = 8      # batches that are sorted by length together, so that short and long prompts do not pad each other
+MAX_NEW_TOKENS, WITH_RATIONALE = 32, 64     # by default
 
 
 class Request(NamedTuple):
@@ -46,11 +51,16 @@ class Request(NamedTuple):
     problem: Problem
     view: View
     prompt: Prompt
-    key: str
+    key: str            # of this item in this view
+    shown: str          # hash of what the model is shown and may say: the same for equal prompts
+
+
+RowOf = Callable[[Request], dict[str, Any]]     # a row of answers.jsonl, of one answer and a request that it answers
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m eval.run", description="Ask a model every problem of some tasks in some views.")
+    parser = argparse.ArgumentParser(prog="python -m eval.run",
+                                     description="Ask a model every problem of some tasks in some views.")
     parser.add_argument("--model", required=True, help="local folder or hub id")
     parser.add_argument("--adapter", help="a PEFT adapter folder, such as runs/demo/control-seed0/adapter")
     parser.add_argument("--revision", help="of a hub model")
@@ -58,9 +68,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--views", default="both,vision,text,blind", help=f"comma-separated: {', '.join(View.__members__)}")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the tasks' files (default: %(default)s)")
-    parser.add_argument("--mode", choices=("likelihood", "generate"), default="likelihood",
-                        help="score the options by likelihood, or parse a generated answer (open questions are always generated)")
-    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--mode", choices=("likelihood", "generate"),
+                        help="score the options by likelihood (default), or parse a generated answer (open questions always are)")
+    parser.add_argument("--rationale", action="store_true",
+                        help="ask for the way to the answer, then the answer, as rationales are trained; implies --mode generate")
+    parser.add_argument("--max-new-tokens", type=int, help=f"default: {MAX_NEW_TOKENS}, with --rationale {WITH_RATIONALE}")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--limit", type=int, help="at most this many problems per task, whole groups first come first served")
     parser.add_argument("--min-pixels", type=int)
@@ -69,14 +81,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--label", help="name of this run in tables (default: the name of --out)")
     parser.add_argument("--seed", type=int, help="training seed of the model, recorded")
     parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out instead of stopping")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.rationale and args.mode == "likelihood":
+        parser.error("--rationale: an option's likelihood straight after the prompt is not what such a model was trained on; "
+                     "leave out --mode likelihood")
+    args.mode = args.mode or ("generate" if args.rationale else "likelihood")
+    if args.max_new_tokens is None:
+        args.max_new_tokens = WITH_RATIONALE if args.rationale else MAX_NEW_TOKENS
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     quiet()
     offline_if_local(args.model)
-    from eval.model import Answerer, ModelError
+    from data_prep.answerer import Answerer, ModelError
 
     try:
         run(args, lambda: Answerer(args.model, args.adapter, revision=args.revision, dtype=args.dtype,
@@ -100,13 +119,15 @@ def run(args: argparse.Namespace, load: Any) -> None:
         for view in views:
             n = sum(1 for t, _, v, _ in asked if t is task and v is view)
             if n < len(problems):
-                print(f"{task.name}: {len(problems) - n} of {len(problems)} problems cannot be shown as {view.value}", file=sys.stderr)
+                print(f"{task.name}: {len(problems) - n} of {len(problems)} problems cannot be shown as {view.value}",
+                      file=sys.stderr)
     answerer = load()
     settings = {
-        "model": args.model, "model_sha256": weights_fingerprint(args.model) if Path(args.model).is_dir() else None,
+        "model": args.model, "model_sha256": _fingerprint(args.model),
         "revision": getattr(answerer.model.config, "_commit_hash", None) or args.revision,
-        "adapter": args.adapter, "adapter_sha256": weights_fingerprint(args.adapter) if args.adapter and Path(args.adapter).is_dir() else None,
-        "mode": args.mode, "parser": PARSER_VERSION, "max_new_tokens": args.max_new_tokens, "dtype": answerer.dtype,
+        "adapter": args.adapter, "adapter_sha256": _fingerprint(args.adapter),
+        "mode": args.mode, "rationale": args.rationale, "parser": PARSER_VERSION, "max_new_tokens": args.max_new_tokens,
+        "dtype": answerer.dtype,
         "pixels": answerer.encoder.pixel_bounds, "views": [view.value for view in views],
         "tasks": {task.name: {"data": str(file), "root": str(file.parent), "sha256": file_sha256(file), "n": len(problems)}
                   for task, problems, file in tasks}}
@@ -117,7 +138,7 @@ def run(args: argparse.Namespace, load: Any) -> None:
     fixed = json.dumps([settings[k] for k in ("model_sha256", "revision", "model", "adapter_sha256", "mode", "parser",
                                               "max_new_tokens", "dtype", "pixels")])
     started = time.perf_counter()
-    left = (request for request in _requests(asked, fixed) if request.key not in done)
+    left = (request for request in _requests(asked, fixed, args.rationale) if request.key not in done)
     with answers.open("a", encoding="utf-8") as file, \
             tqdm(total=len(asked), desc=args.label or args.out.name, unit="answer", mininterval=2) as bar:
         bar.update(len(done))
@@ -129,6 +150,10 @@ def run(args: argparse.Namespace, load: Any) -> None:
     seconds = info.get("seconds", 0) + time.perf_counter() - started
     write_json(args.out / "run.json", {**info, "seconds": round(seconds, 1), "finished": True})
     print(f"{answers}: {len(asked)} answers, {seconds:.0f} s")
+
+
+def _fingerprint(model: str | None) -> str | None:
+    return weights_fingerprint(model) if model and Path(model).is_dir() else None
 
 
 def _views(text: str) -> list[View]:
@@ -152,6 +177,8 @@ def _problems(task: Task, args: argparse.Namespace) -> tuple[list[Problem], Path
                 break
             kept += members
         problems = kept
+    if args.rationale and (without := next((problem for problem in problems if "rationale" not in problem.meta), None)):
+        raise TaskError(f"{file}: {without.id}: meta.rationale: missing, so --rationale cannot ask for it")
     return problems, file
 
 
@@ -163,8 +190,10 @@ def _open(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
         if differing := [key for key, value in settings.items() if old.get(key) != value]:
             raise TaskError(f"{args.out} holds answers of another run; it differs in {', '.join(differing)}: give another --out")
         return old
-    recipe = Path(args.adapter).parent / "run.json" if args.adapter else None
-    trained = json.loads(recipe.read_text(encoding="utf-8")) if recipe and recipe.exists() else None
+    # Beside the adapter of a finished run, or above a checkpoint of one.
+    beside = [folder / "run.json" for folder in (Path(args.adapter).parent, Path(args.adapter).parent.parent)] if args.adapter else []
+    recipe = next((path for path in beside if path.exists()), None)
+    trained = json.loads(recipe.read_text(encoding="utf-8")) if recipe else None
     info = {**settings, **parents(), "label": args.label or args.out.name, "seed": args.seed, "device": _device(),
             "training": trained, "seconds": 0, "finished": False}
     write_json(path, info)
@@ -188,23 +217,32 @@ def _whole_lines(path: Path) -> set[str]:
     return {json.loads(line)["key"] for line in whole.decode("utf-8").splitlines()}
 
 
-def _requests(asked: Sequence[tuple[Task, Problem, View, Problem | None]], fixed: str) -> Iterator[Request]:
+def _requests(asked: Sequence[tuple[Task, Problem, View, Problem | None]], fixed: str,
+              rationale: bool = False) -> Iterator[Request]:
     for task, problem, view, other in asked:
-        prompt = render(problem, view, other)
+        prompt = render(problem, view, other, rationale=rationale)
         key = hashlib.sha256(json.dumps([fixed, task.name, problem.id, view.value, prompt.messages, prompt.choices]).encode())
+        shown = hashlib.sha256(json.dumps([prompt.messages, prompt.choices]).encode())
         for image in prompt.images:
-            key.update(f"{image.size}".encode())
-            key.update(image.tobytes())
-        yield Request(task, problem, view, prompt, key.hexdigest()[:32])
+            for digest in (key, shown):
+                digest.update(f"{image.size}".encode())
+                digest.update(image.tobytes())
+        yield Request(task, problem, view, prompt, key.hexdigest()[:32], shown.hexdigest())
 
 
 def _answer(answerer: Any, window: list[Request], args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    scored = [request for request in window if request.prompt.choices is not None and args.mode == "likelihood"]
-    generated = [request for request in window if request.prompt.choices is None or args.mode == "generate"]
-    for requests, ask in ((scored, _by_likelihood), (generated, _by_generation)):
-        requests.sort(key=_size)
-        for start in range(0, len(requests), args.batch_size):
-            yield ask(answerer, requests[start:start + args.batch_size], args)
+    """Rows of the window's answers, batch by batch. What several requests show alike is asked once."""
+    alike: dict[str, list[Request]] = {}
+    for request in window:
+        alike.setdefault(request.shown, []).append(request)
+    scored = [same for same in alike.values() if same[0].prompt.choices is not None and args.mode == "likelihood"]
+    generated = [same for same in alike.values() if same[0].prompt.choices is None or args.mode == "generate"]
+    for groups, ask in ((scored, _by_likelihood), (generated, _by_generation)):
+        groups.sort(key=lambda same: _size(same[0]))
+        for start in range(0, len(groups), args.batch_size):
+            batch = groups[start:start + args.batch_size]
+            row_of = ask(answerer, [same[0].prompt for same in batch], args)
+            yield [row(request) for row, same in zip(row_of, batch, strict=True) for request in same]
 
 
 def _size(request: Request) -> int:
@@ -213,30 +251,33 @@ def _size(request: Request) -> int:
     return sum(len(part.get("text", "")) for part in request.prompt.messages[0]["content"]) + 4 * pixels // 784
 
 
-def _by_likelihood(answerer: Any, requests: list[Request], args: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
-    for request, scores in zip(requests, answerer.likelihoods([request.prompt for request in requests])):
-        choices = request.prompt.choices
-        pred = choices[max(range(len(choices)), key=scores.__getitem__)]
-        rows.append(_row(request, pred, pred == request.prompt.answer, scores=[round(score, 6) for score in scores]))
-    return rows
+def _by_likelihood(answerer: Any, prompts: list[Prompt], args: argparse.Namespace) -> list[RowOf]:
+    return [partial(_scored, scores) for scores in answerer.likelihoods(prompts)]
 
 
-def _by_generation(answerer: Any, requests: list[Request], args: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
-    for request, said in zip(requests, answerer.generate([request.prompt for request in requests], args.max_new_tokens)):
-        score = request.task.score(request.prompt, said.text)
-        rows.append(_row(request, score.pred, score.correct, text=said.text, finish=said.finish, answer_tokens=said.tokens))
-    return rows
+def _scored(scores: list[float], request: Request) -> dict[str, Any]:
+    choices = request.prompt.choices
+    pred = choices[max(range(len(choices)), key=scores.__getitem__)]
+    return _row(request, pred, pred == request.prompt.answer, scores=[round(score, 6) for score in scores])
+
+
+def _by_generation(answerer: Any, prompts: list[Prompt], args: argparse.Namespace) -> list[RowOf]:
+    return [partial(_said, said) for said in answerer.generate(prompts, args.max_new_tokens)]
+
+
+def _said(said: Any, request: Request) -> dict[str, Any]:
+    score = request.task.score(request.prompt, said.text)
+    return _row(request, score.pred, score.correct, text=said.text, finish=said.finish, answer_tokens=said.tokens)
 
 
 def _row(request: Request, pred: str | None, correct: bool, *, scores: list[float] | None = None, text: str | None = None,
          finish: str | None = None, answer_tokens: int | None = None) -> dict[str, Any]:
     problem, prompt = request.problem, request.prompt
+    pictures = shown_pictures(problem, request.view)        # of a view without any: the problem's own, for the report
     return {"task": request.task.name, "view": request.view.value, "id": problem.id, "group": problem.group,
             "source": problem.source, "question": problem.question, "choices": prompt.choices, "options": prompt.options,
             "gold": prompt.answer, "pred": pred, "correct": correct, "scores": scores, "text": text, "finish": finish,
-            "answer_tokens": answer_tokens, "image": problem.image, "key": request.key, "meta": problem.meta}
+            "answer_tokens": answer_tokens, "image": one_or_several(pictures), "key": request.key, "meta": problem.meta}
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import hashlib
 from types import SimpleNamespace
 
-from eval.model import Generated
+from data_prep.answerer import Generated
 
 
 class Fake:

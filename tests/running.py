@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 import train
 from training.collate import Collator, load_encoder
 from training.config import load_recipe
-from training.mixture import load_mixture
 from training.model import load_base, prepare
+from training.plan import Plan
 from training.trainers import VisionSFTTrainer, sft_arguments
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +52,8 @@ def same(one: dict, two: dict) -> bool:
 def trainer_of(path, overrides=(), **arguments):
     """The trainer as train.py builds it."""
     recipe = load_recipe(path, overrides)
-    collator = Collator(load_mixture(recipe), load_encoder(recipe.model), recipe.loss.weigh)
+    plan = Plan(recipe)
+    collator = Collator(plan, load_encoder(recipe.model), [stage.objective for stage in plan.stages])
     return VisionSFTTrainer(
         prepare(load_base(recipe.model), recipe),
         recipe,

@@ -6,8 +6,12 @@ NUMBER = {word: n for n, word in enumerate("zero one two three four five six sev
 
 
 def solve(family: str, facts: str, question: str, options: tuple[str, ...]) -> str:
-    """The answer, from the words alone. AssertionError when they do not settle it or the question is unknown."""
-    at = {place: values.split() for place, values in (sentence.split(" ", 1) for sentence in facts[:-1].split(". "))}
+    """The answer, from the words alone. AssertionError when they do not settle it or the question is unknown.
+
+    facts: all of them, or those that matter; "none." where no fact does.
+    """
+    sentences = [] if facts == "none." else facts[:-1].split(". ")
+    at = {place: values.split() for place, values in (sentence.split(" ", 1) for sentence in sentences)}
 
     def is_it(pattern: str):
         return re.fullmatch(pattern, question)
@@ -41,7 +45,7 @@ def solve(family: str, facts: str, question: str, options: tuple[str, ...]) -> s
     if found := is_it(r"Which cell has the same colour as (\w)\?") or is_it(
         r"Which arrow points the same way as (\w)\?"
     ):
-        return one(option for option in options if option != found[1] and at[option][0] == at[found[1]][0])
+        return one(option for option in options if option != found[1] and option in at and at[option][0] == at[found[1]][0])
     if found := is_it(r"Which bar is just right of the (\w+) bar\?"):
         order = list(at)
         return order[order.index(found[1]) + 1]

@@ -21,8 +21,9 @@ FOLDERS = ("assets", "benchmarks", "data_prep", "ds_configs", "eval", "recipes",
 SUMMARY = ROOT / "results" / "demo" / "summary.json"
 MAX_LINES = 400
 RIGHT = {"base": {"both": 0.9, "text": 0.9, "vision": 0.6, "blind": 0.5},
-         "control": {"both": 0.95, "text": 0.95, "vision": 0.55, "blind": 0.5},
-         "vision-centric": {"both": 0.95, "text": 0.95, "vision": 0.85, "blind": 0.5}}
+         "full-text": {"both": 0.95, "text": 0.95, "vision": 0.55, "blind": 0.5},
+         "vision-centric": {"both": 0.95, "text": 0.95, "vision": 0.85, "blind": 0.5},
+         "mix": {"both": 0.95, "text": 0.95, "vision": 0.75, "blind": 0.5}}
 
 
 # ---- eval.readme on made-up runs -------------------------------------------------------------------------------------
@@ -46,19 +47,23 @@ def repository(tmp_path_factory):
     root = tmp_path_factory.mktemp("repository")
     base = write_run(root / "answers" / "base", RIGHT["base"], n=40, info={"model": str(root / "tiny"), "seed": None})
     words = [f"base={base}"] + [f"{name}=" + ",".join(str(trained(root, name, seed)) for seed in range(3))
-                                for name in ("control", "vision-centric")]
+                                for name in ("full-text", "vision-centric", "mix")]
     (root / "README.md").write_text("# A\n\n<!-- generated: results/demo -->\n<!-- end -->\nprose\n", encoding="utf-8")
     (root / "recipes" / "demo").mkdir(parents=True)
     (root / "recipes" / "mixtures").mkdir()
     (root / "recipes" / "mixtures" / "m.yaml").write_text("sources: {}\n", encoding="utf-8")
     (root / "recipes" / "README.md").write_text("<!-- generated: recipes -->\nold\n<!-- end -->\n", encoding="utf-8")
-    (root / "recipes" / "demo" / "control.yaml").write_text(
+    (root / "recipes" / "demo" / "full_text.yaml").write_text(
         "# Idea     Ordinary | plain,\n#          in two lines.\n# Result   results/demo/summary.json\n"
-        "name: control\nsteps: 5\noptim:\n  lr: {vision: 1e-3, language: 1e-3}\n", encoding="utf-8")
+        "name: full-text\nsteps: 5\noptim:\n  lr: {vision: 1e-3, language: 1e-3}\n", encoding="utf-8")
+    (root / "recipes" / "demo" / "mix.yaml").write_text(
+        "# Idea     Mixed.\n# Result   results/demo/summary.json\nname: mix\nsteps: 5\n", encoding="utf-8")
+    (root / "recipes" / "demo" / "later.yaml").write_text(
+        "# Idea     Later.\n# Result   results/demo/summary.json\nname: later\nsteps: 5\n", encoding="utf-8")
     (root / "recipes" / "demo" / "slow.yaml").write_text(
-        "# Idea     Slow words.\n# Differs  from control.yaml in optim.lr.language. Nothing else.\n"
+        "# Idea     Slow words.\n# Differs  from full_text.yaml in optim.lr.language. Nothing else.\n"
         "# Result   none yet\n"
-        "base: control.yaml\nname: slow\nsteps: 5\noptim: {lr: {language: 1e-4}}\n", encoding="utf-8")
+        "base: full_text.yaml\nname: slow\nsteps: 5\noptim: {lr: {language: 1e-4}}\n", encoding="utf-8")
     return root, ["--collect", str(root / "results" / "demo"), *words]
 
 
@@ -71,37 +76,99 @@ def collected(repository):
 
 def test_collect_keeps_numbers_and_parents(collected):
     root, summary = collected
-    assert [run["name"] for run in summary["runs"]] == ["base", "control", "vision-centric"]
+    assert [run["name"] for run in summary["runs"]] == ["base", "full-text", "vision-centric", "mix"]
+    assert summary["control"] == "full-text"
     found = summary["tasks"]["twins"]["runs"]
-    assert found["control"]["gap"]["gap"] == pytest.approx(0.40)
-    assert len(found["control"]["gap"]["seeds"]["values"]) == found["control"]["n_seeds"] == 3
+    assert found["full-text"]["gap"]["gap"] == pytest.approx(0.40)
+    assert len(found["full-text"]["gap"]["seeds"]["values"]) == found["full-text"]["n_seeds"] == 3
     assert found["base"]["views"]["vision"]["value"] == pytest.approx(0.60) and found["base"]["n_groups"] == 20
     changes = {(one["before"], one["after"]): one for one in summary["tasks"]["twins"]["changes"]}
-    assert set(changes) == {("base", "control"), ("base", "vision-centric"), ("control", "vision-centric")}
-    last = changes["control", "vision-centric"]
+    assert list(changes) == [("base", "full-text"), ("base", "vision-centric"), ("base", "mix"),
+                             ("full-text", "vision-centric"), ("full-text", "mix")]
+    last = changes["full-text", "vision-centric"]
     assert last["gap"]["change"] == pytest.approx(-0.30) and last["gap"]["closure"]["value"] == pytest.approx(0.75)
     assert last["gap"]["low"] < -0.30 < last["gap"]["high"] < 0 and last["verdict"]["word"] == "closed well"
     assert len(last["views"]["vision"]["mcnemar_p_seeds"]) == 3
     one = summary["runs"][1]["seeds"][2]
-    assert (one["seed"], one["recipe"], one["steps"], one["training_seconds"]) == (2, "control", 180, 33.5)
+    assert (one["seed"], one["recipe"], one["steps"], one["training_seconds"]) == (2, "full-text", 180, 33.5)
     assert one["commit"] == "0" * 40 and one["training_commit"] == "1" * 40 and len(one["recipe_sha256"]) == 64
     assert one["data_sha256"] == {"twins": "ab" * 32} and one["training_data_sha256"] == {"train.jsonl": "cd" * 32}
     assert summary["dirty"] is False and str(root) not in json.dumps(summary)
 
 
+NUMBER = r"[+-]?\d+\.\d \[[+-]?\d+\.\d, [+-]?\d+\.\d\]"
+
+
+def cells(text: str, run: str) -> list[str]:
+    """The row of a run, values without their intervals, after checking that an interval stands behind them."""
+    row = next(line for line in text.splitlines() if line.startswith(f"| `{run}` |"))
+    found = [cell.strip() for cell in row.strip("|").split("|")][1:]
+    assert all(re.fullmatch(NUMBER, cell) or cell == "-" for cell in found[4:]), row
+    return [cell.partition(" [")[0] for cell in found]
+
+
 def test_blocks_hold_the_numbers(collected):
     root, _ = collected
     text = (root / "README.md").read_text(encoding="utf-8")
-    assert text.startswith("# A\n\n<!-- generated: results/demo -->\n\n| run |")
+    assert text.startswith("# A\n\n<!-- generated: results/demo -->\n\n| run | both | text | vision | blind | gap (both - "
+                           "vision) | text - vision | image gain (vision - blind) | change of the gap against `full-text` | "
+                           "closed % |\n")
     assert text.endswith("\n\n<!-- end -->\nprose\n")
-    assert re.search(r"^\| `control` \| 95\.0 \| 95\.0 \| 55\.0 \| 50\.0 \| \+40\.0 \[", text, re.M)
-    assert "From `control` to `vision-centric` the gap changes by -30.0 [" in text and "which closes 75.0 [" in text
+    assert cells(text, "base") == ["90.0", "90.0", "60.0", "50.0", "+30.0", "+30.0", "+10.0", "-", "-"]
+    assert cells(text, "full-text") == ["95.0", "95.0", "55.0", "50.0", "+40.0", "+40.0", "+5.0", "-", "-"]
+    assert cells(text, "vision-centric") == ["95.0", "95.0", "85.0", "50.0", "+10.0", "+10.0", "+35.0", "-30.0", "75.0"]
+    assert cells(text, "mix") == ["95.0", "95.0", "75.0", "50.0", "+20.0", "+20.0", "+25.0", "-20.0", "50.0"]
+    assert ("From `full-text` to `vision-centric`, the lowest gap of 2 runs, the gap changes by -30.0 [" in text
+            and "which closes 75.0 [" in text and "`vision` +30.0 [" in text and "(closed well)" in text)
     assert "3 training seeds, 180 optimizer steps each" in text and "40 items in 20 groups" in text
-    assert "uncommitted" not in text
+    assert "change of the gap per seed: -30.0, -30.0, -30.0." in text and "uncommitted" not in text
     table = (root / "recipes" / "README.md").read_text(encoding="utf-8")
-    assert "| [demo/control](demo/control.yaml) | Ordinary \\| plain, in two lines. | - | gap +40.0 [" in table
-    assert "| [demo/slow](demo/slow.yaml) | Slow words. | `control.yaml` in `optim.lr.language` | none yet |" in table
+    assert re.search(r"\| \[demo/full_text\]\(demo/full_text.yaml\) \| Ordinary \\\| plain, in two lines. \| - \| gap \+40.0 "
+                     r"\[\+[\d.]+, \+[\d.]+\] \(\[numbers", table)
+    assert re.search(rf"\| Mixed. \| - \| gap {NUMBER}; against `full-text` -20.0 \[-[\d.]+, -[\d.]+\] \(\[numbers", table)
+    assert "| Later. | - | none yet |" in table
+    assert "| [demo/slow](demo/slow.yaml) | Slow words. | `full_text.yaml` in `optim.lr.language` | none yet |" in table
     assert "old" not in table and "m.yaml" not in table
+
+
+def test_the_best_run_of_the_headline_task_is_named_in_every_task(collected):
+    summary = json.loads(json.dumps(collected[1]))
+    summary["tasks"]["twins_new"] = other = json.loads(json.dumps(summary["tasks"]["twins"]))
+    for one in other["changes"]:
+        if (one["before"], one["after"]) == ("full-text", "vision-centric"):
+            one["gap"]["change"] = 0.01        # the other task would name mix
+    text = "\n".join(readme.results_block(summary, "twins_new"))
+    assert "From `full-text` to `vision-centric`, the lowest gap of 2 runs on `twins`, the gap changes by +1.0 [" in text
+    summary["headline"] = "twins_new"
+    text = "\n".join(readme.results_block(summary, "twins_new"))
+    assert "From `full-text` to `mix`, the lowest gap of 2 runs, the gap changes by -20.0 [" in text
+
+
+def test_another_control_and_none(repository, tmp_path):
+    root, words = repository
+    sides = readme.parse_runs([words[2], words[4], words[5]])   # base, vision-centric, mix
+    found = readme.collect(sides, control="mix")
+    assert found["control"] == "mix"
+    assert [(one["before"], one["after"]) for one in found["tasks"]["twins"]["changes"]] == [
+        ("base", "vision-centric"), ("base", "mix"), ("mix", "vision-centric")]
+    text = "\n".join(readme.results_block(found, "twins"))
+    assert cells(text, "vision-centric")[-2] == "-10.0" and "From `mix` to `vision-centric` the gap changes by" in text
+    found = readme.collect(sides)
+    assert found["control"] is None and len(found["tasks"]["twins"]["changes"]) == 2
+    text = "\n".join(readme.results_block(found, "twins"))
+    assert "against `base`" in text and cells(text, "mix")[-2] == "-10.0" and cells(text, "base")[-2:] == ["-", "-"]
+    with pytest.raises(SystemExit, match="error: no run is called control, so it cannot be the control; there are base, "):
+        readme.main([*words[:1], str(tmp_path / "x"), *words[2:], "--control", "control"], root)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_summary_without_the_name_of_its_control(collected):
+    """It is the run called control, else the first."""
+    text = json.dumps({key: value for key, value in collected[1].items() if key != "control"})
+    assert "against `base`" in readme.results_block(json.loads(text), "twins")[0]
+    old = json.loads(text.replace('"full-text"', '"control"'))
+    lines = readme.results_block(old, "twins")
+    assert "against `control`" in lines[0] and cells("\n".join(lines), "mix")[-2:] == ["-20.0", "50.0"]
 
 
 def test_check_names_what_is_out_of_date(collected, capsys):
@@ -127,7 +194,7 @@ def test_check_names_what_is_out_of_date(collected, capsys):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"info": {"dirty": True}}, "control-seed0: made from a working tree with uncommitted changes"),
+    ({"info": {"dirty": True}}, "full-text-seed0: made from a working tree with uncommitted changes"),
     ({"training": {"dirty": True}}, "uncommitted changes"),
     ({"info": {"commit": None}}, "no commit was recorded"),
     ({"training": {"commit": None}}, "no commit was recorded"),
@@ -137,23 +204,23 @@ def test_check_names_what_is_out_of_date(collected, capsys):
     ({"info": {"seed": 4}}, "seed 4 was recorded, but .* says 0"),
 ])
 def test_collect_refuses(options, message, tmp_path):
-    run = trained(tmp_path, "control", 0, **options)
+    run = trained(tmp_path, "full-text", 0, **options)
     with pytest.raises(SystemExit, match=message):
-        readme.main(["--collect", str(tmp_path / "results"), f"control={run}"], tmp_path)
+        readme.main(["--collect", str(tmp_path / "results"), f"full-text={run}"], tmp_path)
     assert not (tmp_path / "results").exists()
 
 
 def test_collect_refuses_one_seed_twice(tmp_path):
-    again = "name: control\nseed: 0\nsteps: 5\n"
-    runs = [trained(tmp_path, "control", 0), trained(tmp_path, "control", 1, recipe=again)]
-    with pytest.raises(SystemExit, match="not one recipe with seeds that differ: control 0, control 0"):
-        readme.main(["--collect", str(tmp_path), "control=" + ",".join(map(str, runs))], tmp_path)
+    again = "name: full-text\nseed: 0\nsteps: 5\n"
+    runs = [trained(tmp_path, "full-text", 0), trained(tmp_path, "full-text", 1, recipe=again)]
+    with pytest.raises(SystemExit, match="not one recipe with seeds that differ: full-text 0, full-text 0"):
+        readme.main(["--collect", str(tmp_path), "full-text=" + ",".join(map(str, runs))], tmp_path)
 
 
 def test_a_dirty_result_says_so(tmp_path):
-    run = trained(tmp_path, "control", 0, info={"dirty": True})
+    run = trained(tmp_path, "full-text", 0, info={"dirty": True})
     (tmp_path / "README.md").write_text("<!-- generated: results/x twins -->\n<!-- end -->\n", encoding="utf-8")
-    readme.main(["--collect", str(tmp_path / "results" / "x"), f"control={run}", "--allow-dirty"], tmp_path)
+    readme.main(["--collect", str(tmp_path / "results" / "x"), f"full-text={run}", "--allow-dirty"], tmp_path)
     summary = json.loads((tmp_path / "results" / "x" / "summary.json").read_text(encoding="utf-8"))
     assert summary["dirty"] is True and summary["runs"][0]["seeds"][0]["dirty"] is True
     assert "Made from a working tree with uncommitted changes." in (tmp_path / "README.md").read_text(encoding="utf-8")
@@ -164,16 +231,20 @@ def test_a_dirty_result_says_so(tmp_path):
     ("<!-- generated: recipes -->\n<!-- generated: recipes -->\n<!-- end -->\n", "begins or ends twice"),
     ("<!-- generated: recipe -->\n<!-- end -->\n", "nothing is generated under the name 'recipe'"),
     ("<!-- generated: results/none -->\n<!-- end -->\n", "cannot read .*none/summary.json"),
+    ("<!-- generated: curve results/demo -->\n<!-- end -->\n", "cannot read .*demo/curve.json"),
     ("<!-- generated: results/demo maths -->\n<!-- end -->\n", "holds no task maths; it holds twins"),
 ])
 def test_wrong_blocks_are_errors(collected, tmp_path, text, message):
     (tmp_path / "results").symlink_to(collected[0] / "results")
-    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    (tmp_path / "README.md").write_text("<!-- generated: results/demo -->\n<!-- end -->\n", encoding="utf-8")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "README.md").write_text(text, encoding="utf-8")
     with pytest.raises(SystemExit, match=message):
         readme.main([], tmp_path)
+    assert "| run |" not in (tmp_path / "README.md").read_text(encoding="utf-8")    # one wrong block leaves all as they were
 
 
-@pytest.mark.parametrize("words", [["--collect", "x"], ["base=x"], ["--check", "--collect", "x", "base=x"]])
+@pytest.mark.parametrize("words", [["--collect", "x"], ["base=x"], ["--check", "--collect", "x", "base=x"], ["--control", "x"]])
 def test_wrong_words_are_refused(words, capsys):
     with pytest.raises(SystemExit):
         readme.parse(words)

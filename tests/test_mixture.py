@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import yaml
 
-from data_prep import problem as problem_module
-from data_prep.problem import Problem, ProblemError, View, write_problems
+from data_prep import images
+from data_prep.problem import Problem, ProblemError, View, read_problems, write_problems
 from training import mixture as module
 from training.config import RecipeError, load_recipe
-from training.mixture import Draw, Mixture, load_mixture
+from training.mixture import Draw, Mixture
+from training.plan import Plan
 
 from .conftest import picture
 from .running import trainer_of
@@ -229,6 +230,72 @@ def test_a_bad_row_is_an_error_or_left_out(problems, tmp_path):
     assert len(Mixture(path, seed=0, draws=1, skip_bad=True).problems["demo"]) == 1
 
 
+# -- pairs, exhaustion, filters ---------------------------------------------------------------------
+
+
+def test_paired_views_show_the_same_problems(mixture, problems):
+    source = {"problems": str(problems), "turns": 2, "views": {"both": 0.5, "vision": 0.5}, "paired": True}
+    some = mixture(demo=source, draws=300)
+    both, vision = ([draw.problems for draw in order(some) if draw.view == view] for view in (View.both, View.vision))
+    n = min(len(both), len(vision))
+    assert both[:n] == vision[:n] and n > 100
+    # Only what can be shown in both views is drawn in either.
+    assert all(some.problems["demo"][i].facts for unit in vision for i in unit)
+    unpaired = mixture(demo={**source, "paired": False}, draws=300)
+    both, vision = ([draw.problems for draw in order(unpaired) if draw.view == view] for view in (View.both, View.vision))
+    assert both[:n] != vision[:n]
+
+
+def test_a_used_up_source_leaves_its_rate_to_the_others(mixture, problems):
+    """A quarter of the draws until its 23 problems are gone twice, and none after that; the first draws are as without a limit."""
+    limited = {"problems": str(problems), "views": {"vision": 0.25}, "max_epochs": 2}
+    others = {"problems": str(problems), "views": {"text": 0.5, "blind": 0.25}}
+    some = mixture(limited=limited, others=others, draws=2000)
+    mine = [n for n, draw in enumerate(order(some)) if draw.source == "limited"]
+    size = len(some.parts[0].units)
+    assert len(mine) == 2 * size and Counter(draw.problems for draw in order(some) if draw.source == "limited").most_common()[-1][1] == 2
+    after = Counter(draw.view for draw in order(some)[mine[-1] + 1 :])
+    assert after[View.text] / sum(after.values()) == pytest.approx(2 / 3, abs=0.05)
+    endless = mixture(limited={**limited, "max_epochs": None}, others=others, draws=2000)
+    assert order(endless)[: mine[-1] + 1] == order(some)[: mine[-1] + 1]
+    assert order(mixture(limited=limited, others=others, draws=100)) == order(some, 100)
+
+
+def test_half_an_epoch(mixture, problems):
+    source = {"problems": str(problems), "views": {"vision": 0.5}, "max_epochs": 0.5}
+    some = mixture(half=source, rest={"problems": str(problems), "views": {"text": 0.5}}, draws=500)
+    assert some.drawn(500)[0] == round(0.5 * len(some.parts[0].units)) and sum(some.drawn(123)) == 123
+
+
+def test_everything_used_up_is_an_error_before_training(mixture, problems):
+    source = {"problems": str(problems), "views": {"vision": 0.5, "text": 0.5}, "max_epochs": 1}
+    total = sum(len(part.units) for part in mixture(demo=source, draws=10).parts)
+    assert len(mixture(demo=source, draws=total)) == total
+    with pytest.raises(RecipeError, match=f"all sources are used up after {total} of {total + 1} conversations"):
+        mixture(demo=source, draws=total + 1)
+
+
+def test_filters_are_applied_told_and_hashed(problems, tmp_path, monkeypatch):
+    from data_prep import blind, overlap
+
+    asked = []
+    monkeypatch.setattr(blind, "needs_picture", lambda rows, scores, **options: asked.append((scores, options)) or rows[5:])
+    monkeypatch.setattr(overlap, "without_overlap", lambda rows, files: asked.append(files) or (rows[1:], []))
+    (tmp_path / "scores.jsonl").write_text("{}\n")
+    source = {"problems": str(problems), "views": {"vision": 1.0}, "avoid": [str(problems)],
+              "needs_picture": {"scores": str(tmp_path / "scores.jsonl"), "min_gain": 0.3, "against": "blind"}}
+    some = Mixture(mixture_file(tmp_path, {"demo": source}), seed=0, draws=5)
+    assert len(some.problems["demo"]) == len(read_problems(problems)) - 6
+    assert asked == [(tmp_path / "scores.jsonl", {"min_gain": 0.3, "against": "blind"}), [problems]]
+    assert some.left_out["demo"][0] == "5 whose picture is worth less than 0.3" and "1 that occur in" in some.left_out["demo"][1]
+    assert str(tmp_path / "scores.jsonl") in some.hashes
+    with pytest.raises(RecipeError, match="sources.demo.avoid.0: no such file: nowhere.jsonl"):
+        Mixture(mixture_file(tmp_path, {"demo": {**source, "avoid": ["nowhere.jsonl"]}}), seed=0, draws=5)
+    monkeypatch.setattr(blind, "needs_picture", lambda rows, scores, **options: [])
+    with pytest.raises(RecipeError, match="sources.demo: no problem is left"):
+        Mixture(mixture_file(tmp_path, {"demo": source}), seed=0, draws=5)
+
+
 # -- through the trainer's own data loader ---------------------------------------------------------
 
 
@@ -239,7 +306,8 @@ def test_batches_do_not_depend_on_the_number_of_workers(recipe_file):
     assert [len(batches) for batches in epochs] == [6, 6, 6]
     for other in epochs[1:]:
         for expected, batch in zip(epochs[0], other):
-            assert set(batch) == set(expected) and all((batch[key] == expected[key]).all() for key in expected)
+            assert set(batch) == set(expected) and batch.pop("stage") == expected["stage"] == 0 and batch.pop("roles") == {}
+            assert all((batch[key] == expected[key]).all() for key in batch)
 
 
 def test_a_batch_is_its_draws(recipe_file):
@@ -280,8 +348,8 @@ def test_skipping_ahead_decodes_nothing(recipe_file, monkeypatch):
     from accelerate import skip_first_batches
 
     opened = []
-    load = problem_module.load_image
-    monkeypatch.setattr(problem_module, "load_image", lambda problem: opened.append(problem.id) or load(problem))
+    load = images.load
+    monkeypatch.setattr(images, "load", lambda *args: opened.append(args) or load(*args))
     trainer = trainer_of(recipe_file(steps=20, batch=4, micro_batch=4, views={"vision": 1.0}))
     batches = skip_first_batches(trainer.get_train_dataloader(), 18)
     assert opened == []
@@ -293,8 +361,8 @@ def test_command_prints_rates_and_items(recipe_file, capsys):
     module.main([str(path), "steps=10", "--items", "3"])
     out = capsys.readouterr().out
     assert "40 draws" in out and all(view in out for view in ("vision", "both", "text"))
-    some = load_mixture(load_recipe(path, ["steps=10"]))
-    first = some.problems["twins"][some.draw(0).problems[0]]
+    some = Plan(load_recipe(path, ["steps=10"]))
+    first = some.stages[0].mixture.problems["twins"][some.draw(0).problems[0]]
     assert first.id in out.replace("\n", "") or first.id[:20] in out
     assert first.question in out and out.count("assistant:") >= 3
 

@@ -14,7 +14,7 @@ from data_prep.problem import (
     Problem,
     ProblemError,
     View,
-    load_image,
+    load_images,
     partners,
     possible_views,
     read_problems,
@@ -77,12 +77,13 @@ def test_text_of_every_view(one, other):
     question = f"What colour is the circle?\nOptions: {shown}\nAnswer with one of the options."
     for view in View:
         prompt = render(one, view, other)
-        facts = {View.both: "a1 red circle", View.text: "a1 red circle", View.conflict: "b2 green square"}.get(view)
+        own, others = {View.both, View.text}, {View.conflict, View.other_facts}
+        facts = "a1 red circle" if view in own else "b2 green square" if view in others else None
         expected = f"Facts: {facts}\n{question}" if facts else question
         if view is View.rendered:
             expected = "Answer the question in the picture."
         assert text_of(prompt) == expected, view
-        assert len(prompt.images) == (view not in (View.text, View.blind)), view
+        assert len(prompt.images) == (view not in (View.text, View.blind, View.other_facts)), view
         assert (prompt.answer, prompt.choices) == ("blue", render(one, "blind").options), view
 
 
@@ -160,13 +161,16 @@ def test_special_tokens_pass_through(folder):
         *(
             ({"image": None}, view.value, {}, f"p1: view {view.value}: the problem has no picture")
             for view in View
-            if view not in (View.text, View.blind)
+            if view not in (View.text, View.blind, View.other_facts)
         ),
         ({}, "shuffled", None, "p1: view shuffled: no other problem was given"),
         ({}, "conflict", None, "p1: view conflict: no other problem was given"),
+        ({}, "other_facts", None, "p1: view other_facts: no other problem was given"),
         ({}, "shuffled", {"image": None}, "p1: view shuffled: the other problem (p2) has no picture"),
         ({}, "shuffled", {"image": "images/a.png"}, "p1: view shuffled: the other problem (p2) has the same picture"),
         ({}, "conflict", {"facts": None}, "p1: view conflict: the other problem (p2) has no facts"),
+        ({}, "other_facts", {"facts": None}, "p1: view other_facts: the other problem (p2) has no facts"),
+        ({}, "other_facts", {"facts": "a1 red circle"}, "p1: view other_facts: the other problem (p2) has the same facts"),
         ({}, "conflict", {"facts": "a1 red circle"}, "p1: view conflict: the other problem (p2) has the same facts"),
         ({"image": "images/gone.png"}, "white", None, "p1: image: 'images/gone.png' does not exist"),
         ({"question": "色?"}, "rendered", None, "p1: view rendered: cannot be drawn: the font has no '色'"),
@@ -191,14 +195,14 @@ def test_possible_views_are_those_that_render(folder, other):
                         render(problem, view, borrowed)
 
 
-def test_load_image_opens_once(one, monkeypatch):
+def test_a_picture_is_opened_once(one, monkeypatch):
     opened, original = [], Image.open
     monkeypatch.setattr(Image, "open", lambda *args, **kwargs: opened.append(args) or original(*args, **kwargs))
     for view in ("both", "vision", "white", "noise", "rendered"):
         opened.clear()
         render(one, view)
         assert len(opened) == 1, view
-    assert load_image(one).size == (40, 30)
+    assert [picture.size for picture in load_images(one)] == [(40, 30)]
 
 
 # Partners
@@ -285,7 +289,7 @@ BAD_ROWS = [
     *(({name: None}, f"{name}: must be text, not null") for name in ("id", "answer", "license")),
     ({"id": True}, "id: must be text, not a boolean"),
     ({"facts": 7}, "facts: must be text or null, not a number"),
-    ({"image": ["a.png"]}, "image: must be text or null, not a list"),
+    ({"image": 7}, "image: must be text, a list or null, not a number"),
     *(
         ({name: " "}, f"{name}: is empty")
         for name in ("id", "question", "answer", "group", "license", "facts", "image")
@@ -417,9 +421,9 @@ def test_the_pixel_limit_of_reading_holds_when_loading(folder):
     with pytest.raises(ProblemError, match=r"rows\.jsonl:1: image: 'a\.png' has 40x30 pixels, over the limit of 1199"):
         read_problems(path, max_pixels=1199)
     (problem,) = read_problems(path, max_pixels=1200)
-    assert load_image(problem).size == (40, 30)
+    assert load_images(problem)[0].size == (40, 30)
     with pytest.raises(ProblemError, match=r"p1: image: .*over the limit of 1000"):
-        load_image(replace(problem, max_pixels=1000))
+        load_images(replace(problem, max_pixels=1000))
 
 
 def test_a_shared_picture_is_decoded_once(folder, monkeypatch):

@@ -34,14 +34,14 @@ def workplace(tmp_path_factory) -> Path:
 def test_recipe_trains(path, workplace, monkeypatch, capsys) -> None:
     monkeypatch.chdir(workplace)
     run_dir = workplace / "runs" / path.with_suffix("")
-    words = [f"model.name={ROOT / 'assets' / 'tiny'}", "model.dtype=float32", "model.max_pixels=null", "data.workers=0", "steps=2",
+    words = [f"model.name={ROOT / 'assets' / 'tiny'}", "model.dtype=float32", "model.max_pixels=null", "data.workers=0", "steps=3",
              "batch=4", "micro_batch=2", "optim.warmup_steps=0", "save.every=1", "log_every=1", f"run_dir={run_dir}"]
     train.main([str(ROOT / path), *words])
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2]
+    assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(0 < row["loss"] < 20 for row in rows)
     assert (run_dir / "adapter" / "adapter_model.safetensors").stat().st_size > 0
-    assert (run_dir / "checkpoints" / "checkpoint-2" / COMPLETE).exists()
+    assert (run_dir / "checkpoints" / "checkpoint-3" / COMPLETE).exists()
     recipe = load_recipe(ROOT / path, words)
     assert [row["lr_language"] for row in rows][0] == pytest.approx(recipe.optim.lr.language)
 

@@ -70,8 +70,8 @@ def page(tmp_path_factory):
             (base / "images" / f"{item}.png").write_bytes(b"\x89PNG broken" if item else b"")
     (base / "images" / "1.png").unlink()
     control, better = ([write_run(folder / f"{name}{seed}", {**right, "vision": share}, n=40, seed=seed + 1)
-                        for seed in range(3)] for name, share in (("control", 0.65), ("better", 0.9)))
-    words = [f"base={base}", "control=" + ",".join(map(str, control)), "better=" + ",".join(map(str, better))]
+                        for seed in range(3)] for name, share in (("full-text", 0.65), ("better", 0.9)))
+    words = [f"base={base}", "full-text=" + ",".join(map(str, control)), "better=" + ",".join(map(str, better))]
     for out in ("one.html", "two.html"):
         report.main(["--runs", *words, "--out", str(folder / out), "--sample", "40"])
     one, two = ((folder / out).read_bytes() for out in ("one.html", "two.html"))
@@ -111,9 +111,9 @@ def test_ids_and_references_are_unique(page):
 
 def test_tables_hold_the_changes_against_the_first_and_the_control(page):
     text = " ".join(Page(page).text)
-    for name in ("control - base", "better - base", "better - control"):
+    for name in ("full-text - base", "better - base", "better - full-text"):
         assert name in text
-    assert "base - control" not in text and "+30.0 [" in text  # gap of the base run: 0.9 - 0.6
+    assert "base - full-text" not in text and "+30.0 [" in text  # gap of the base run: 0.9 - 0.6
 
 
 def test_cards_have_their_picture_or_say_why_not(page):

@@ -10,12 +10,12 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 import train
+from data_prep.answerer import Answerer
 from data_prep.encode import Encoder
 from data_prep.problem import View, partners, possible_views, read_problems, render
 from data_prep.sources import nlvr, puzzlevqa
 from eval import gap, report
 from eval import run as eval_run
-from eval.model import Answerer
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "assets" / "tiny")
@@ -38,7 +38,7 @@ def test_real_data(source, words, tmp_path, monkeypatch, capsys) -> None:
     name = source.__name__.rpartition(".")[2]
     source.main([*words, "--out", f"data/{name}", "--limit", "40"])
     Path("mixture.yaml").write_text(MIXTURE.format(problems=f"data/{name}/train.jsonl"))
-    train.main([str(ROOT / "recipes/demo/control.yaml"), f"model.name={TINY}", f"data.mixture={tmp_path / 'mixture.yaml'}", "steps=3",
+    train.main([str(ROOT / "recipes/demo/full_text.yaml"), f"model.name={TINY}", f"data.mixture={tmp_path / 'mixture.yaml'}", "steps=3",
                 "batch=2", "micro_batch=1", "optim.warmup_steps=0", "run_dir=run", "log_every=1"])
     every = read_problems(f"data/{name}/test.jsonl")
     views = [view for view in View if any(view in possible_views(p, other) for p, other in zip(every, partners(every)))]
@@ -57,7 +57,7 @@ def test_adapter_gives_the_same_answers_in_plain_peft(tmp_path, monkeypatch, twi
     """The adapter of a run, loaded as PEFT's documentation says, ranks the options as eval.run recorded."""
     monkeypatch.chdir(tmp_path)
     Path("mixture.yaml").write_text(MIXTURE.format(problems=twins / "train.jsonl"))
-    train.main([str(ROOT / "recipes/demo/control.yaml"), f"model.name={TINY}", f"data.mixture={tmp_path / 'mixture.yaml'}", "steps=4",
+    train.main([str(ROOT / "recipes/demo/full_text.yaml"), f"model.name={TINY}", f"data.mixture={tmp_path / 'mixture.yaml'}", "steps=4",
                 "batch=8", "micro_batch=8", "optim.warmup_steps=0", "run_dir=run"])
     eval_run.main(["--model", TINY, "--adapter", "run/adapter", "--tasks", str(twins / "test.jsonl"), "--views", "both,vision,text",
                    "--out", "answers"])

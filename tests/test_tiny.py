@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.answerer import Answerer
 from data_prep.problem import View, read_problems, render
 from data_prep.twins.__main__ import write
-from eval.model import Answerer
 from training import tiny
 
 ROOT = Path(__file__).resolve().parent.parent

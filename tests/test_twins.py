@@ -1,6 +1,9 @@
 """Twins: pixels say what the facts say, answers follow, splits share nothing, and a blind reader is at chance."""
 
+import hashlib
+import json
 import os
+import random
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -12,7 +15,7 @@ from PIL import Image
 
 from data_prep.problem import View, possible_views, read_problems, render
 from data_prep.twins import __main__ as command
-from data_prep.twins.questions import KINDS
+from data_prep.twins.questions import KINDS, Balance, ask
 from data_prep.twins.worlds import (
     BACKGROUND,
     CELL,
@@ -168,6 +171,84 @@ def test_answers_follow_from_the_facts(sample, split):
         assert 2 <= len(set(question.options)) == len(question.options) <= 4 and question.answer in question.options
         kinds[world.family, question.kind] += 1
     assert set(kinds) == {(family, kind) for family in FAMILIES for kind in KINDS}
+
+
+# -- rationales ------------------------------------------------------------------------------------
+
+
+def settles(family: str, facts: str, question) -> bool:
+    """Whether these facts are enough for the right answer."""
+    try:
+        return solve(family, facts, question.text, question.options) == question.answer
+    except (AssertionError, KeyError, ValueError, IndexError):
+        return False
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_rationales_are_the_facts_that_decide_and_no_others(sample, split):
+    """Enough for the solver, and with any sentence taken away not enough; two values only where the second is asked for."""
+    kinds, shorter = Counter(), 0
+    for world, question in sample[split]:
+        assert settles(world.family, question.rationale, question), question
+        facts, said = ([*text[:-1].split(". ")] for text in (world.facts, question.rationale))
+        if question.rationale == "none.":
+            assert question.kind == "count" and question.answer == "zero"
+        else:
+            assert all(any(f"{fact} ".startswith(f"{one} ") for fact in facts) for one in said), question
+            assert all(one.count(" ") == 1 for one in said) or question.text.startswith("Which shape")
+            for n in range(len(said)):
+                fewer = ". ".join(said[:n] + said[n + 1 :])
+                assert not settles(world.family, f"{fewer}." if fewer else "none.", question), question
+        assert len(said) <= len(facts)
+        shorter += len(question.rationale) < len(world.facts)
+        kinds[world.family, question.kind] += 1
+    assert set(kinds) == {(family, kind) for family in FAMILIES for kind in KINDS}
+    assert shorter > 0.93 * kinds.total()
+
+
+SHAPES_WORLD = "A red circle. C red cross. E blue circle. I green square."
+BARS_WORLD = "white two. red five. blue three. green six."
+DIGITS_WORLD = "B three. D five. E three. H nine."
+WAYS_WORLD = "A right. E up. F left. H up."
+
+
+@pytest.mark.parametrize(
+    "family, facts, question, rationale",
+    (
+        ("shapes", SHAPES_WORLD, "What colour is the shape at C?", "C red."),
+        ("shapes", SHAPES_WORLD, "Which shape is at C?", "C red cross."),
+        ("shapes", SHAPES_WORLD, "How many shapes are red?", "A red. C red."),
+        ("shapes", SHAPES_WORLD, "How many shapes are white?", "none."),
+        ("shapes", SHAPES_WORLD, "Which of these colours is there?", ("A red.", "E blue.", "I green.")),
+        ("shapes", SHAPES_WORLD, "Which cell has the same colour as C?", "C red. A red."),
+        ("shapes", SHAPES_WORLD, "Which is further left, green or blue?", "I green. E blue."),
+        ("charts", BARS_WORLD, "How tall is the red bar?", "red five."),
+        ("charts", BARS_WORLD, "How many bars are taller than three?", "red five. green six."),
+        ("charts", BARS_WORLD, "How many bars are taller than two?", "red five. blue three. green six."),
+        ("charts", BARS_WORLD, "Which of these heights has a bar?", ("white two.", "red five.", "blue three.", "green six.")),
+        ("charts", BARS_WORLD, "Which bar is taller, blue or white?", "blue three. white two."),
+        ("charts", BARS_WORLD, "Which bar is just right of the red bar?", "red five. blue three."),
+        ("tables", DIGITS_WORLD, "Which number is at H?", "H nine."),
+        ("tables", DIGITS_WORLD, "How many cells hold three?", "B three. E three."),
+        ("tables", DIGITS_WORLD, "Which of these numbers is there?", ("B three.", "D five.", "H nine.")),
+        ("tables", DIGITS_WORLD, "Which holds the larger number, H or D?", "H nine. D five."),
+        ("tables", DIGITS_WORLD, "Which is higher up, nine or five?", "H nine. D five."),
+        ("paths", WAYS_WORLD, "Which way does the arrow at F point?", "F left."),
+        ("paths", WAYS_WORLD, "How many arrows point up?", "E up. H up."),
+        ("paths", WAYS_WORLD, "Which of these ways does an arrow point?", ("A right.", "E up.", "F left.")),
+        ("paths", WAYS_WORLD, "Which arrow points the same way as H?", "H up. E up."),
+        ("paths", WAYS_WORLD, "To which cell does the arrow at E lead?", "E up."),
+    ),
+    ids=lambda value: value if isinstance(value, str) and value.endswith("?") else "",
+)
+def test_rationale_of(family, facts, question, rationale):
+    """By hand, one or more per family and kind; where the answer is drawn from several, every one that is drawn."""
+    world, found = parse(family, facts), {}
+    for seed in range(150):
+        for one in ask(world, random.Random(seed), Balance()):
+            found[one.text, one.answer] = one.rationale
+    said = {why for (text, _), why in found.items() if text == question}
+    assert said == ({rationale} if isinstance(rationale, str) else set(rationale))
 
 
 # -- blind -----------------------------------------------------------------------------------------
@@ -334,6 +415,18 @@ def test_the_same_arguments_write_the_same_bytes(tmp_path):
     assert a["train.jsonl"] != c["train.jsonl"]
 
 
+def test_questions_are_still_those_of_committed_results(tmp_path):
+    """Results name the files that they were measured on by hash. A change may add to `meta`, but ask nothing else."""
+    command.main(["--out", str(tmp_path), "--pictures", "train=60,test_new=20"])
+    digest = hashlib.sha256()
+    for split in ("train", "test_new"):
+        for line in (tmp_path / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            del row["meta"]["rationale"]
+            digest.update(json.dumps(row, sort_keys=True).encode())
+    assert digest.hexdigest() == "33ac4ef2bba8cd81ffb8400e03c875f5ee0e903a60c92d970877e1b6ed57dd39"
+
+
 def test_more_of_one_split_leaves_the_others_alone(tmp_path):
     command.main(["--out", str(tmp_path / "a"), "--pictures", "train=8,test=4"])
     command.main(["--out", str(tmp_path / "b"), "--pictures", "train=30,test=4"])
@@ -346,7 +439,9 @@ def test_files_are_problems_in_every_view(twins):
     for problem in problems:
         assert {View.both, View.vision, View.text, View.blind, View.white} <= set(possible_views(problem))
         world = parse(problem.source, problem.facts)
+        rationale = problem.meta.pop("rationale")
         assert problem.meta == {"kind": problem.id.rpartition("-")[2], "level": world.level, "answer_with": "text"}
+        assert solve(problem.source, rationale, problem.question, problem.options) == problem.answer
         assert Image.open(problem.root / problem.image).tobytes() == draw(world).tobytes()
         assert solve(problem.source, problem.facts, problem.question, problem.options) == problem.answer
         prompt = render(problem, "both")

@@ -1,13 +1,14 @@
-"""From numbers of draws to tensors: the batch carries its loss weights."""
+"""From numbers of draws to tensors: the batch carries its loss weights and the views that its loss asks for."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from data_prep.encode import Encoded, Encoder
-from training.config import Model, RecipeError
-from training.mixture import Mixture
+from training.config import Loss, Model, RecipeError
+from training.objective import Objective, Role
 
 IGNORED = -100          # a label that is not trained
 
@@ -42,21 +43,57 @@ def loss_weights(trained: np.ndarray, weigh: Literal["tokens", "rows"]) -> np.nd
 class Collator:
     """Draws to a batch: what Encoder.batch gives, and labels and loss_weight of shape (batch, tokens).
 
+    Also `stage`, the number of the stage that the draws belong to, and `roles`: by name, the same problems with the same answers
+    in the view of each role that the stage's objective asks for.
+
     Rendering, decoding and tokenising happen here, in the data loader's workers when there are any.
+
+    Args:
+        plan: gives a draw by its number, and the conversation of a draw.
+        objectives: one per stage.
     """
 
-    def __init__(self, mixture: Mixture, encoder: Encoder, weigh: Literal["tokens", "rows"] = "tokens") -> None:
-        self.mixture, self.encoder, self.weigh = mixture, encoder, weigh
+    def __init__(self, plan: Any, encoder: Encoder, objectives: Sequence[Objective] = (Objective(Loss(), ()),)) -> None:
+        self.plan, self.encoder, self.objectives = plan, encoder, objectives
 
-    def __call__(self, rows: list[dict[str, int]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[dict[str, int]]) -> dict[str, Any]:
+        draws = [self.plan.draw(row["draw"]) for row in rows]
+        stage = getattr(draws[0], "stage", 0)
+        objective = self.objectives[stage]
+        batch: dict[str, Any] = self._batch(draws, objective)
+        batch["stage"] = stage
+        batch["roles"] = {name: self._batch([_shown_in(role, draw) for draw in draws], objective)
+                          for name, role in objective.extra.items()}
+        return batch
+
+    def _batch(self, draws: list, objective: Objective) -> dict[str, torch.Tensor]:
         encoded: list[Encoded] = []
-        for row in rows:
-            messages, images, _ = self.mixture.conversation(self.mixture.draw(row["draw"]))
+        for draw in draws:
+            messages, images, _ = self.plan.conversation(draw)
             encoded.append(self.encoder.encode(messages, images))
         batch = self.encoder.batch(encoded)
         weight = torch.zeros(batch["input_ids"].shape)
+        weigh = "rows" if objective.loss.weigh == "rows" else "tokens"
         for i, row in enumerate(encoded):
-            weight[i, : len(row)] = torch.from_numpy(loss_weights(row.trained, self.weigh))
+            weight[i, : len(row)] = torch.from_numpy(loss_weights(row.trained, weigh))
         batch["loss_weight"] = weight
         batch["labels"] = batch["input_ids"].masked_fill(weight == 0, IGNORED)
         return batch
+
+
+def _shown_in(role: Role, draw):
+    return draw._replace(view=role.shown[draw.view])
+
+
+def answer_numbers(labels: torch.Tensor) -> torch.Tensor:
+    """Which answer each trained token belongs to.
+
+    Args:
+        labels: (batch, tokens); answers are runs of labels that are not ignored.
+
+    Returns:
+        (trained tokens,) numbers from 0, row after row.
+    """
+    trained = labels != IGNORED
+    before = torch.nn.functional.pad(trained[:, :-1], (1, 0))
+    return ((trained & ~before).flatten().cumsum(0) - 1)[trained.flatten()]

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, field
 from difflib import get_close_matches
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -79,8 +80,40 @@ class Optim:
 
 
 @dataclass(config=_STRICT, frozen=True)
+class CrossModalKL:
+    """Adds coef * KL(teacher view || student view) of the same answers; see training.losses.cross_modal_kl."""
+    coef: Amount = 1.0
+    teacher: str = "both"
+    student: str = "vision"
+    estimator: Literal["k3", "forward", "full", "distill"] = "k3"
+    clamp: Amount | None = None                 # of k3: 10 is what was published; its gradient is 0 beyond it
+    answers: Literal["right", "all"] = "right"  # right: only those whose every token is the teacher's first choice
+
+
+@dataclass(config=_STRICT, frozen=True)
+class Consistency:
+    """Adds coef * Jensen-Shannon divergence of the same answers in the views `both` and `vision`."""
+    coef: Amount = 1.0
+
+
+@dataclass(config=_STRICT, frozen=True)
 class Loss:
-    weigh: Literal["tokens", "rows"] = "tokens"     # tokens: long answers count more; rows: every answer counts once
+    # tokens: long answers count more; rows: every answer counts once; evidence: a token counts by how much the picture changes
+    # its probability, and at least evidence_floor
+    weigh: Literal["tokens", "rows", "evidence"] = "tokens"
+    evidence_floor: Annotated[float, Field(ge=0, le=1)] = 0.2
+    cross_modal_kl: CrossModalKL | None = None
+    consistency: Consistency | None = None
+
+
+@dataclass(config=_STRICT, frozen=True)
+class Stage:
+    """A part of the run. Unset keys are the recipe's."""
+    share: Annotated[float, Field(gt=0, le=1)]  # of the optimizer steps; the shares of a recipe sum to 1
+    mixture: str | None = None
+    loss: Loss | None = None
+    optimizer: Literal["carry", "restart"] = "carry"    # restart: the stage begins with fresh moments
+    schedule: Literal["carry", "restart"] = "carry"     # restart: the stage begins a schedule of its own, warm-up included
 
 
 @dataclass(config=_STRICT, frozen=True)
@@ -102,10 +135,15 @@ class Recipe:
     run_dir: str | None = None                  # default: runs/<folder below recipes>/<name>-seed<seed>
     lora: Lora | None = field(default_factory=Lora)     # null trains every parameter of the towers with a learning rate
     loss: Loss = field(default_factory=Loss)
+    stages: list[Stage] = field(default_factory=list)   # one after the other; empty: one stage of everything above
     save: Save = field(default_factory=Save)
     log_every: Count = 10                       # optimizer steps
 
     def __post_init__(self) -> None:
+        if self.stages and abs(sum(stage.share for stage in self.stages) - 1) > 1e-6:
+            raise ValueError(f"the shares of the stages sum to {sum(stage.share for stage in self.stages):.6g}; they must sum to 1")
+        if any(start == end for start, end in pairwise(self.stage_starts)):
+            raise ValueError(f"steps={self.steps} are too few for {len(self.stages)} stages: one would have no step")
         if self.batch % self.micro_batch:
             raise ValueError(f"batch={self.batch} is not a multiple of micro_batch={self.micro_batch}")
         if self.model.min_pixels and self.model.max_pixels and self.model.min_pixels > self.model.max_pixels:
@@ -118,6 +156,18 @@ class Recipe:
     def trains(self, tower: str) -> bool:
         """Whether any parameter of the tower is trained."""
         return getattr(self.optim.lr, tower) > 0 and (self.lora is None or getattr(self.lora, tower).rank > 0)
+
+    @property
+    def stage_starts(self) -> list[int]:
+        """The optimizer step at which each stage begins, and at last the number of steps."""
+        shares = [stage.share for stage in self.stages] or [1.0]
+        return [0, *(round(self.steps * done) for done in list(accumulate(shares))[:-1]), self.steps]
+
+    def stage_mixture(self, number: int) -> str:
+        return self.stages[number].mixture or self.data.mixture if self.stages else self.data.mixture
+
+    def stage_loss(self, number: int) -> Loss:
+        return self.stages[number].loss or self.loss if self.stages else self.loss
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML shows them."""
@@ -214,7 +264,7 @@ def _field_names(kind: Any, path: list[str]) -> list[str]:
 def parse_override(text: str) -> tuple[list[str], Any]:
     """`a.b=1e-4` to (["a", "b"], 0.0001); values are read as YAML."""
     key, equals, value = text.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", key):
+    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
         raise RecipeError(f"override {text!r}: key=value is needed, such as optim.lr.vision=1e-4")
     try:
         return key.split("."), yaml.load(value, _Loader) if value else None
@@ -223,9 +273,19 @@ def parse_override(text: str) -> tuple[list[str], Any]:
 
 
 def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the keys of `change`; mappings are merged, everything else replaced."""
+    """`base` with the keys of `change`; mappings are merged, everything else replaced.
+
+    A list against a mapping of numbers (`stages.1.share=0.5`) keeps its other entries. IndexError or ValueError: no such entry.
+    """
     merged = dict(base)
     for key, value in change.items():
+        if isinstance(merged.get(key), list) and isinstance(value, dict):
+            entries = dict(enumerate(merged[key]))
+            if unknown := [number for number in value if not number.isdigit() or int(number) not in entries]:
+                raise IndexError(unknown[0])
+            changed = merge({str(number): entry for number, entry in entries.items()}, value)
+            merged[key] = [changed[str(number)] for number in entries]
+            continue
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = merge(merged[key], value) if both else value
     return merged
@@ -265,12 +325,22 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         for key in reversed(keys):
             value = {key: value}
         layers.append((f"override {text}", value))
-        values = merge(values, value)
+        try:
+            values = merge(values, value)
+        except (IndexError, ValueError):
+            raise RecipeError(f"override {text}: the recipe has no such entry in its list") from None
     recipe = build(Recipe, values, path, layers)
-    mixture = find_beside(recipe.data.mixture, path.resolve().parent)
-    if mixture is None:
-        raise RecipeError(f"{path}: data.mixture: no such file: {recipe.data.mixture}")
-    values["data"] = {**values["data"], "mixture": _short(mixture)}
+
+    def found(key: str, name: str) -> str:
+        mixture = find_beside(name, path.resolve().parent)
+        if mixture is None:
+            raise RecipeError(f"{path}: {key}: no such file: {name}")
+        return _short(mixture)
+
+    values["data"] = {**values["data"], "mixture": found("data.mixture", recipe.data.mixture)}
+    values["stages"] = [stage if recipe.stages[i].mixture is None else
+                        {**stage, "mixture": found(f"stages.{i}.mixture", stage["mixture"])}
+                        for i, stage in enumerate(values.get("stages", ()))]
     if recipe.run_dir is None:
         values["run_dir"] = str(Path("runs") / _place(path.resolve().parent) / f"{recipe.name}-seed{recipe.seed}")
     return build(Recipe, values, path)

@@ -1,4 +1,4 @@
-"""Sources x views with rates: a deterministic order of conversations that a step number is enough to resume.
+"""Sources x views with rates: a deterministic order of conversations that the number of a draw is enough to resume.
 
     python -m training.mixture RECIPE [key=value ...]     rows, epochs and answer tokens per source and view, and the first items
 
@@ -9,17 +9,23 @@ A mixture file names sources and, for each, the views it is shown in and at whic
         problems: data/twins/train.jsonl
         turns: 5                            # up to 5 questions about one picture make one conversation (default 1)
         views: {vision: 0.6, both: 0.2, text: 0.2}
+        paired: true                        # the views go through the problems in one order: each is shown in all of them
+        max_epochs: 3                       # then the source is used up in this view (default: it never is)
+        rationale: true                     # answers say what leads to them (problems with meta.rationale)
+        needs_picture: {scores: data/twins/train.blind.jsonl, min_gain: 0.1}    # see data_prep.blind
+        avoid: [data/twins/test.jsonl]      # leave out what occurs in these files, see data_prep.overlap
 
 `rate` is the chance that the next conversation comes from this source in this view; the rates of a mixture sum to 1. Within a
-source and view, conversations are drawn in shuffled epochs: each once before any comes again.
+source and view, conversations are drawn in shuffled epochs: each once before any comes again. So a small source with a high rate
+is oversampled, and the table says by how much. A source that is used up leaves its rate to the others, in proportion; when all
+are used up before the run ends, that is an error before it begins.
 """
 
 import argparse
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -30,9 +36,18 @@ from rich.table import Table
 from data_prep import libraries
 from data_prep.problem import Problem, ProblemError, Prompt, View, partners, possible_views, read_problems, render
 from data_prep.provenance import file_sha256
-from training.config import _STRICT, Count, Recipe, RecipeError, build, find_beside, load_recipe, read_yaml
+from training.config import _STRICT, Count, RecipeError, build, find_beside, load_recipe, read_yaml
 
 Rate = Annotated[float, Field(gt=0, le=1)]
+Needs = Callable[[View], Collection[View]]      # a drawn view -> the views a loss shows the same problems in as well
+
+
+@checked(config=_STRICT, frozen=True)
+class NeedsPicture:
+    """Keep the problems whose picture is worth something; arguments of data_prep.blind.needs_picture."""
+    scores: str                                 # what python -m data_prep.blind wrote
+    min_gain: float = 0.1
+    against: Literal["blind", "shuffled", "both"] = "both"
 
 
 @checked(config=_STRICT, frozen=True)
@@ -40,6 +55,11 @@ class Source:
     problems: str                               # JSONL, relative to the working folder or beside the mixture
     views: dict[str, Rate]
     turns: Count = 1
+    paired: bool = False
+    max_epochs: Annotated[float, Field(gt=0)] | None = None
+    rationale: bool = False
+    needs_picture: NeedsPicture | None = None
+    avoid: list[str] = field(default_factory=list)
 
 
 @checked(config=_STRICT, frozen=True)
@@ -51,7 +71,8 @@ class Draw(NamedTuple):
     """What is drawn next: up to `turns` problems that share a picture and facts, in one view."""
     source: str
     view: View
-    problems: tuple[int, ...]                   # places in the source's file
+    problems: tuple[int, ...]                   # places in the source's problems
+    stage: int = 0
 
 
 @dataclass
@@ -61,66 +82,129 @@ class Part:
     view: View
     rate: float
     turns: int
-    units: list[tuple[int, ...]] = field(repr=False)    # conversations to draw from: places of problems in the source's file
+    limit: float                                # draws after which it is used up
+    order: int                                  # parts with the same number go through their conversations in the same order
+    units: list[tuple[int, ...]] = field(repr=False)    # conversations to draw from: places of problems in the source
 
 
 class Mixture:
-    """The order of conversations of one recipe, a pure function of (mixture, data, seed, number of the draw)."""
+    """The order of conversations of one mixture file, a pure function of (mixture, data, seed, number of the draw)."""
 
-    def __init__(self, path: str | Path, *, seed: int, draws: int, skip_bad: bool = False) -> None:
+    def __init__(self, path: str | Path, *, seed: int | Sequence[int], draws: int, skip_bad: bool = False,
+                 needs: Needs = lambda view: (), cache: dict[Path, list[Problem]] | None = None) -> None:
         """
         Args:
             path: the mixture file.
-            seed: of the order.
-            draws: how many conversations the run needs (steps x batch). The order of the first n does not depend on it.
+            seed: of the order; one number or several.
+            draws: how many conversations are needed (steps x batch). The order of the first n does not depend on it.
             skip_bad: leave bad rows of problem files out.
+            needs: the views in which a loss shows the problems of a drawn view as well; only problems that have them are drawn.
+            cache: problem files that were read already, by path.
 
         Raises:
-            RecipeError: the file is wrong, a problem file is missing, or a source cannot be shown in a view.
-            ProblemError: a problem file has a bad row.
+            RecipeError: the file is wrong, a problem file is missing, a source cannot be shown in a view, or is used up.
+            ProblemError: a problem file has a bad row, or a filter's scores do not fit.
         """
         self.path = Path(path)
-        self.seed = seed
+        self.seed = (seed,) if isinstance(seed, int) else tuple(seed)
         spec: MixtureFile = build(MixtureFile, read_yaml(self.path), self.path)
         total = sum(rate for source in spec.sources.values() for rate in source.views.values())
         if abs(total - 1) > 1e-6:
             raise RecipeError(f"{self.path}: the rates sum to {total:.6g}; they must sum to 1")
+        self.sources = spec.sources
         self.problems: dict[str, list[Problem]] = {}
         self.partners: dict[str, list[Problem | None]] = {}
+        self.left_out: dict[str, list[str]] = {}        # per source: what its filters left out, in words
         self.hashes: dict[str, str] = {str(self.path): file_sha256(self.path)}      # of everything the order depends on
         self.parts: list[Part] = []
+        cache = {} if cache is None else cache
         for name, source in spec.sources.items():
-            file = find_beside(source.problems, self.path.resolve().parent)
-            if file is None:
-                raise RecipeError(f"{self.path}: sources.{name}.problems: no such file: {source.problems}")
-            problems = read_problems(file, verify="header", skip_bad=skip_bad)
-            self.problems[name], self.partners[name] = problems, partners(problems)
-            self.hashes[source.problems] = file_sha256(file)
-            self.parts += [self._part(name, source, view, rate) for view, rate in source.views.items()]
+            file = self._file(f"sources.{name}.problems", source.problems)
+            if file.resolve() not in cache:
+                cache[file.resolve()] = read_problems(file, verify="header", skip_bad=skip_bad)
+            self.problems[name] = self._filtered(name, source, cache[file.resolve()])
+            self.partners[name] = partners(self.problems[name])
+            self._add_parts(name, source, needs)
         self._entries, self._turns = self._plan(draws)
+        self._cached: dict[int, tuple[int, np.ndarray]] = {}
 
-    def _part(self, name: str, source: Source, view: str, rate: float) -> Part:
-        if view not in View.__members__:
-            raise RecipeError(f"{self.path}: sources.{name}.views: no such view: {view}; views: {', '.join(View.__members__)}")
-        if source.turns > 1 and view == View.rendered:
-            raise RecipeError(f"{self.path}: sources.{name}: a rendered picture holds one question, so turns must be 1")
-        problems = self.problems[name]
-        able = [i for i, (p, other) in enumerate(zip(problems, self.partners[name])) if View(view) in possible_views(p, other)]
-        if not able:
-            raise RecipeError(f"{self.path}: sources.{name}.views: no problem of {source.problems} can be shown as {view}")
-        if source.turns == 1:
-            units = [(i,) for i in able]
-        else:
-            shared: dict[tuple, list[int]] = {}
-            for i in able:
-                shared.setdefault((problems[i].image, problems[i].facts), []).append(i)
-            units = [tuple(group) for group in shared.values()]
-        return Part(name, View(view), rate, source.turns, units)
+    def _file(self, key: str, name: str) -> Path:
+        """A data file that the mixture names; its hash is kept."""
+        file = find_beside(name, self.path.resolve().parent)
+        if file is None:
+            raise RecipeError(f"{self.path}: {key}: no such file: {name}")
+        self.hashes[name] = file_sha256(file)
+        return file
+
+    def _filtered(self, name: str, source: Source, problems: list[Problem]) -> list[Problem]:
+        """The problems that the source's filters keep."""
+        self.left_out[name] = []
+        if (wanted := source.needs_picture) is not None:
+            from data_prep.blind import needs_picture
+
+            scores = self._file(f"sources.{name}.needs_picture.scores", wanted.scores)
+            kept = needs_picture(problems, scores, min_gain=wanted.min_gain, against=wanted.against)
+            self.left_out[name].append(f"{len(problems) - len(kept)} whose picture is worth less than {wanted.min_gain:g}")
+            problems = kept
+        if source.avoid:
+            from data_prep.overlap import without_overlap
+
+            files = [self._file(f"sources.{name}.avoid.{i}", other) for i, other in enumerate(source.avoid)]
+            kept, found = without_overlap(problems, files)
+            self.left_out[name].append(f"{len(problems) - len(kept)} that occur in {', '.join(source.avoid)}")
+            problems = kept
+        if not problems:
+            raise RecipeError(f"{self.path}: sources.{name}: no problem is left ({'; '.join(self.left_out[name])})")
+        return problems
+
+    def _add_parts(self, name: str, source: Source, needs: Needs) -> None:
+        for view in source.views:
+            if view not in View.__members__:
+                raise RecipeError(f"{self.path}: sources.{name}.views: no such view: {view}; views: {', '.join(View.__members__)}")
+        first = len(self.parts)
+        able = {view: self._able(name, {View(view), *needs(View(view))}) for view in source.views}
+        if source.paired:
+            shared = set.intersection(*map(set, able.values()))
+            able = {view: [i for i in places if i in shared] for view, places in able.items()}
+        for view, rate in source.views.items():
+            shown = [View(view), *needs(View(view))]
+            if source.turns > 1 and View.rendered in shown:
+                raise RecipeError(f"{self.path}: sources.{name}: a rendered picture holds one question, so turns must be 1")
+            if not able[view]:
+                also = "".join(f" and as {other.value}" for other in shown[1:] if other is not shown[0])
+                raise RecipeError(f"{self.path}: sources.{name}.views: no problem of {source.problems} can be shown as {view}{also}")
+            units = self._units(name, able[view], source.turns)
+            limit = float("inf") if source.max_epochs is None else round(source.max_epochs * len(units))
+            order = first if source.paired else len(self.parts)
+            self.parts.append(Part(name, View(view), rate, source.turns, limit, order, units))
+
+    def _able(self, name: str, views: set[View]) -> list[int]:
+        pairs = zip(self.problems[name], self.partners[name])
+        return [i for i, (problem, other) in enumerate(pairs) if views <= set(possible_views(problem, other))]
+
+    def _units(self, name: str, able: list[int], turns: int) -> list[tuple[int, ...]]:
+        if turns == 1:
+            return [(i,) for i in able]
+        shared: dict[tuple, list[int]] = {}
+        for i in able:
+            shared.setdefault((self.problems[name][i].image, self.problems[name][i].facts), []).append(i)
+        return [tuple(group) for group in shared.values()]
 
     def _plan(self, draws: int) -> tuple[np.ndarray, np.ndarray]:
         """For each draw the part it comes from, and the how-manieth draw of that part it is."""
-        edges = np.cumsum([part.rate for part in self.parts])
-        entries = np.searchsorted(edges / edges[-1], np.random.default_rng(self.seed).random(draws), side="right")
+        chances = np.random.default_rng(list(self.seed)).random(draws)
+        rates, limits = (np.array([getattr(part, key) for part in self.parts], dtype=float) for key in ("rate", "limit"))
+        entries, begin = np.zeros(draws, dtype=np.int64), 0
+        while begin < draws:
+            left = limits - np.bincount(entries[:begin], minlength=len(rates))
+            edges = np.cumsum(np.where(left > 0, rates, 0.0))
+            if edges[-1] == 0:
+                raise RecipeError(f"{self.path}: all sources are used up after {begin} of {draws} conversations; raise max_epochs "
+                                  "or train for fewer steps")
+            entries[begin:] = np.searchsorted(edges / edges[-1], chances[begin:], side="right")
+            # As far as the first draw that some part can no longer serve; from there on without that part.
+            used = [begin + np.flatnonzero(entries[begin:] == i)[int(left[i]):][:1] for i in np.flatnonzero(np.isfinite(left))]
+            begin = min((int(place[0]) for place in used if place.size), default=draws)
         turns = np.zeros(draws, dtype=np.int64)
         for i in range(len(self.parts)):
             mine = entries == i
@@ -137,82 +221,91 @@ class Mixture:
         epoch, place = divmod(turn, len(part.units))
         unit = part.units[self._order(i, epoch)[place]]
         if len(unit) > 1:
-            unit = tuple(np.random.default_rng([self.seed, i, epoch, place]).permutation(unit)[:part.turns].tolist())
+            unit = tuple(np.random.default_rng([*self.seed, part.order, epoch, place]).permutation(unit)[:part.turns].tolist())
         return Draw(part.source, part.view, unit)
 
-    def _order(self, part: int, epoch: int) -> np.ndarray:
-        if getattr(self, "_cached", None) is None:
-            self._cached: dict[int, tuple[int, np.ndarray]] = {}
-        if self._cached.get(part, (None,))[0] != epoch:
-            order = np.random.default_rng([self.seed, part, epoch]).permutation(len(self.parts[part].units))
-            self._cached[part] = (epoch, order)
-        return self._cached[part][1]
+    def _order(self, i: int, epoch: int) -> np.ndarray:
+        if self._cached.get(i, (None,))[0] != epoch:
+            order = np.random.default_rng([*self.seed, self.parts[i].order, epoch]).permutation(len(self.parts[i].units))
+            self._cached[i] = (epoch, order)
+        return self._cached[i][1]
+
+    def drawn(self, number: int) -> list[int]:
+        """How many of the first `number` draws came from each part."""
+        return np.bincount(self._entries[:number], minlength=len(self.parts)).tolist()
 
     def conversation(self, draw: Draw) -> tuple[list[dict], tuple, list[Prompt]]:
         """Chat messages with the answers, the pictures, and the prompts they were made from.
 
         The picture and the facts are shown once, in the first turn; the later turns are questions alone.
         """
-        problems = self.problems[draw.source]
-        prompts = [render(problems[i], draw.view if turn == 0 else View.blind, self.partners[draw.source][i])
+        problems, others = self.problems[draw.source], self.partners[draw.source]
+        prompts = [render(problems[i], draw.view if turn == 0 else View.blind, others[i], rationale=self.sources[draw.source].rationale)
                    for turn, i in enumerate(draw.problems)]
         messages = [message for prompt in prompts
-                    for message in (*prompt.messages, {"role": "assistant", "content": prompt.answer})]
+                    for message in (*prompt.messages, {"role": "assistant", "content": prompt.target})]
         return messages, prompts[0].images, prompts
 
-    def table(self, encoder=None, sample: int = 100) -> Table:
+    def table(self, encoder=None, sample: int = 100, title: str | None = None) -> Table:
         """Rows, epochs and tokens per source and view. Tokens are means over up to `sample` conversations."""
-        drawn = Counter(self._entries.tolist())
-        table = Table("source", "view", "rate", "turns", "conversations", "drawn", "epochs", "tokens", "image tokens",
-                      "answer tokens", title=escape(f"{self.path}: {len(self)} draws"), title_justify="left")
+        drawn = self.drawn(len(self))
+        notes = "".join(f"; {name}: left out {', '.join(told)}" for name, told in self.left_out.items() if told)
+        table = Table("source", "view", "rate", "turns", "rows", "conversations", "drawn", "epochs", "tokens", "image tokens",
+                      "answer tokens", "answer tokens drawn", title=escape((title or f"{self.path}: {len(self)} draws") + notes),
+                      title_justify="left")
         for i, part in enumerate(self.parts):
-            tokens = [f"{mean:.0f}" for mean in self.mean_tokens(part, encoder, sample)] if encoder else ["-"] * 3
-            table.add_row(escape(part.source), part.view.value, f"{part.rate:g}", str(part.turns), str(len(part.units)), str(drawn[i]),
-                          f"{drawn[i] / len(part.units):.2f}", *tokens)
+            means = self.mean_tokens(part, encoder, sample) if encoder else None
+            tokens = [f"{mean:.0f}" for mean in means] + [f"{means[2] * drawn[i]:,.0f}"] if means else ["-"] * 4
+            table.add_row(escape(part.source), part.view.value, f"{part.rate:g}", str(part.turns), str(sum(map(len, part.units))),
+                          str(len(part.units)), str(drawn[i]), f"{drawn[i] / len(part.units):.2f}", *tokens)
         return table
 
-    def mean_tokens(self, part: Part, encoder, sample: int = 100) -> tuple[float, float, float]:
-        """Tokens, image tokens among them and trained tokens of a conversation of this part, over up to `sample` of them."""
+    def mean_tokens(self, part: Part, encoder, sample: int = 100, view: View | None = None) -> tuple[float, float, float]:
+        """Tokens, image tokens among them and trained tokens of a conversation of this part, over up to `sample` of them.
+
+        view: of another view of the same problems than the part's own.
+        """
         picks = np.linspace(0, len(part.units) - 1, min(sample, len(part.units))).astype(int)
         rows = []
         for pick in picks:
-            messages, images, _ = self.conversation(Draw(part.source, part.view, part.units[pick][:part.turns]))
+            messages, images, _ = self.conversation(Draw(part.source, view or part.view, part.units[pick][:part.turns]))
             row = encoder.encode(messages, images)
             rows.append((len(row), (row.ids == encoder.image_id).sum(), row.trained.sum()))
         return tuple(np.mean(rows, axis=0).tolist())
-
-
-def load_mixture(recipe: Recipe) -> Mixture:
-    """The mixture of a recipe, as long as its run."""
-    return Mixture(recipe.data.mixture, seed=recipe.seed, draws=recipe.steps * recipe.batch, skip_bad=recipe.data.skip_bad)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.mixture", description=__doc__.splitlines()[0])
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--items", type=int, default=5, help="how many of the first items to print")
+    parser.add_argument("--items", type=int, default=5, help="how many of the first items of each stage to print")
     args = parser.parse_intermixed_args(argv)
     try:
         from training.collate import load_encoder
+        from training.plan import Plan
 
         recipe = load_recipe(args.recipe, args.overrides)
-        mixture = load_mixture(recipe)
+        plan = Plan(recipe)
         encoder = load_encoder(recipe.model)
     except (RecipeError, ProblemError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     console = libraries.console()
-    console.print(mixture.table(encoder))
-    for number in range(min(args.items, len(mixture))):
-        draw = mixture.draw(number)
-        messages, _, _ = mixture.conversation(draw)
-        ids = ", ".join(mixture.problems[draw.source][i].id for i in draw.problems)
-        console.rule(escape(f"{number}: {draw.source} {draw.view.value}: {ids}"))
-        for message in messages:
-            content = message["content"]
-            text = content if isinstance(content, str) else "".join(p.get("text", "<picture>\n") for p in content)
-            console.print(f"[bold]{message['role']}[/bold]: ", end="")
-            console.print(text, markup=False, highlight=False)
+    for stage in plan.stages:
+        console.print(stage.table(encoder))
+        for number in range(stage.first, stage.first + min(args.items, len(stage.mixture))):
+            _show(console, plan, number)
+
+
+def _show(console, plan, number: int) -> None:
+    draw = plan.draw(number)
+    problems = plan.stages[draw.stage].mixture.problems[draw.source]
+    messages, _, _ = plan.conversation(draw)
+    console.rule(escape(f"{number}: {draw.source} {draw.view.value}: {', '.join(problems[i].id for i in draw.problems)}"))
+    for message in messages:
+        content = message["content"]
+        text = content if isinstance(content, str) else "".join(part.get("text", "<picture>\n") for part in content)
+        console.print(f"[bold]{message['role']}[/bold]: ", end="")
+        console.print(text, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Qwen2.5-VL and its towers: loading, LoRA per tower, and the table of what is trained."""
 
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich.table import Table
 from torch import nn
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.modeling_outputs import CausalLMOutput
 
 from training.config import TOWERS, Lora, Model, Recipe, RecipeError
 
@@ -87,6 +89,25 @@ def prepare(base: Qwen2_5_VLForConditionalGeneration, recipe: Recipe) -> nn.Modu
     if "vision" not in towers:
         freeze_vision(unwrap(model), merger="merger" in towers)
     return model
+
+
+def add_answer_logits(base: Qwen2_5_VLForConditionalGeneration) -> None:
+    """Let `base(..., labels=labels, answer_logits=True)` return logits of shape (trained tokens, vocabulary), row after row: those
+    that predict the labels, and no others.
+
+    A forward of the model like any other, so that wrappers (PEFT, DDP, DeepSpeed) see it.
+    """
+    original = base.forward
+
+    @functools.wraps(type(base).forward)
+    def forward(*args, answer_logits: bool = False, **kwargs):
+        if not answer_logits:
+            return original(*args, **kwargs)
+        trained = kwargs.pop("labels")[:, 1:] != -100
+        hidden = base.model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
+        return CausalLMOutput(logits=base.lm_head(hidden[:, :-1][trained]))
+
+    base.forward = forward
 
 
 def unwrap(model: nn.Module) -> Qwen2_5_VLForConditionalGeneration:

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -13,10 +15,12 @@ from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from training.collate import Collator
+from training.collate import IGNORED, Collator, answer_numbers
 from training.config import Recipe
-from training.losses import weighted_nll
-from training.model import parameter_groups, unwrap
+from training.memory import forget_peak_memory, peak_memory_gb
+from training.model import add_answer_logits, parameter_groups, unwrap
+from training.objective import Answers
+from training.pace import scheduler
 
 COMPLETE = "complete"       # a file that is written last into a checkpoint: without it, a checkpoint is not one
 
@@ -49,7 +53,7 @@ def sft_arguments(recipe: Recipe, run_dir: Path, *, world_size: int = 1, deepspe
         dataloader_persistent_workers=recipe.data.workers > 0, dataloader_pin_memory=cuda,
         save_strategy="steps", save_steps=recipe.save.every,
         logging_steps=recipe.log_every, logging_first_step=True, logging_nan_inf_filter=False,
-        report_to=["tensorboard"], disable_tqdm=True, deepspeed=deepspeed)
+        report_to=[], disable_tqdm=True, deepspeed=deepspeed)
 
 
 class VisionSFTTrainer(SFTTrainer):
@@ -63,10 +67,12 @@ class VisionSFTTrainer(SFTTrainer):
 
     def __init__(self, model, recipe: Recipe, collator: Collator, args: SFTConfig, callbacks: list[TrainerCallback] = ()) -> None:
         self.recipe = recipe
-        draws = Dataset.from_dict({"draw": range(len(collator.mixture))})
+        draws = Dataset.from_dict({"draw": range(len(collator.plan))})
         super().__init__(model=model, args=args, data_collator=collator, train_dataset=draws,
                          processing_class=collator.encoder.tokenizer, callbacks=list(callbacks))
-        self._counted = torch.zeros(3)      # since the last log: trained tokens, those predicted right, sum of their entropies
+        add_answer_logits(unwrap(self.model))
+        self._counted: dict[str, torch.Tensor] = {}     # since the last log: sums over trained tokens, and their number
+        self._tokens: torch.Tensor | None = None        # trained tokens of the optimizer step, over micro-batches and ranks
         self.remove_callback(PrinterCallback)       # the progress bar and metrics.jsonl say the same
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -74,6 +80,12 @@ class VisionSFTTrainer(SFTTrainer):
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = cls(parameter_groups(self.model, self.recipe), **kwargs)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        if self.lr_scheduler is None:
+            self.lr_scheduler = scheduler(self.recipe, optimizer or self.optimizer)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """A checkpoint of all weights has the names of the hub's files, which the trainer would compare with the module's, find
@@ -87,21 +99,53 @@ class VisionSFTTrainer(SFTTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         if not batch_samples:
             return None
-        total = torch.stack([batch["loss_weight"][:, 1:].sum() for batch in batch_samples]).sum().to(device)
-        return self.accelerator.gather(total).sum()
+        sums = torch.stack([torch.stack([batch["loss_weight"][:, 1:].sum(), (batch["labels"][:, 1:] != IGNORED).sum()])
+                            for batch in batch_samples]).sum(0).to(device)
+        total, self._tokens = self.accelerator.gather(sums[None]).sum(0)
+        return total
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        weight = inputs.pop("loss_weight")[:, 1:]
-        blank = self._blank_features() if self.accelerator.num_processes > 1 and "pixel_values" not in inputs else None
-        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-        total = weight.sum() if num_items_in_batch is None else num_items_in_batch
-        # Ranks average their gradients, while the total is that of all ranks.
-        loss = weighted_nll(outputs.log_probs, weight, total) * self.accelerator.num_processes
-        if blank is not None:
-            loss = loss + 0 * blank
-        self._counted = self._counted.to(loss.device) + torch.stack(
-            [outputs.label_mask.sum(), outputs.is_top1.sum(), outputs.entropy.detach().sum()]).float()
-        return (loss, outputs) if return_outputs else loss
+        objective = self.data_collator.objectives[inputs.pop("stage")]
+        views = {**inputs.pop("roles"), None: inputs}
+        trained = inputs["labels"][:, 1:] != IGNORED
+        weight = inputs["loss_weight"][:, 1:][trained]
+        looks: dict[str | None, Answers] = {}
+
+        def look(role: str | None, learns: bool, full: bool) -> Answers:
+            looks[role] = self._look(model, views[role], learns, full)
+            return looks[role]
+
+        # Outside an optimizer step (an evaluation loop) the batch stands alone.
+        total, tokens = (weight.sum(), weight.new_tensor(len(weight))) if num_items_in_batch is None else (num_items_in_batch, self._tokens)
+        loss, shown = objective(look, weight, answer_numbers(inputs["labels"]), total, tokens)
+        main = looks[None]
+        self._count({"tokens": weight.new_tensor(len(weight)), "token_accuracy": main.right.sum(), "entropy": main.entropy.sum(), **shown})
+        # Ranks average their gradients, while the totals are those of all ranks.
+        loss = loss * self.accelerator.num_processes
+        return (loss, main) if return_outputs else loss
+
+    def _look(self, model, batch: dict, learns: bool, full: bool) -> Answers:
+        """The answers' tokens of a batch as the model sees them, with a gradient where it `learns`."""
+        labels = batch["labels"]
+        trained = labels[:, 1:] != IGNORED
+        batch = {key: value for key, value in batch.items() if key != "loss_weight"}
+        with nullcontext() if learns else torch.no_grad():
+            blank = self._blank_features() if learns and self.accelerator.num_processes > 1 and "pixel_values" not in batch else None
+            if full:
+                logps = model(**batch, use_cache=False, answer_logits=True).logits.float().log_softmax(-1)
+                wanted = labels[:, 1:][trained]
+                found = Answers(logps.gather(1, wanted[:, None])[:, 0], logps.argmax(-1) == wanted,
+                                -(logps.exp() * logps).sum(-1).detach(), logps)
+            else:
+                outputs = model(**batch, use_cache=False, fused_lm_head=True)
+                found = Answers(outputs.log_probs[trained], outputs.is_top1[trained].bool(), outputs.entropy[trained].detach(), None)
+            if blank is not None:
+                found.log_probs = found.log_probs + 0 * blank
+        return found
+
+    def _count(self, sums: dict[str, torch.Tensor]) -> None:
+        for name, value in sums.items():
+            self._counted[name] = self._counted.get(name, 0) + value.detach().float()
 
     def _blank_features(self) -> torch.Tensor:
         """Sum of the features of one blank image token: a rank without pictures must give the vision tower a gradient, of zeros,
@@ -118,9 +162,12 @@ class VisionSFTTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if logs.pop("learning_rate", None) is not None:
             logs.update(self._rates)
-            tokens, right, entropy = self.accelerator.reduce(self._counted, reduction="sum").tolist()
-            logs["token_accuracy"], logs["entropy"] = right / max(tokens, 1), entropy / max(tokens, 1)
-            self._counted = torch.zeros(3)
+            names = sorted(self._counted)       # the same on every rank, as all are in the same stage
+            sums = self.accelerator.reduce(torch.stack([self._counted[name] for name in names]), reduction="sum").tolist()
+            counted = dict(zip(names, sums))
+            tokens = max(counted.pop("tokens"), 1)
+            logs.update({name: value / tokens for name, value in counted.items()})
+            self._counted = {}
         super().log(logs, start_time)
 
     def _get_learning_rate(self) -> float:
@@ -138,17 +185,34 @@ class MarkComplete(TrainerCallback):
     (The trainer itself would delete older ones first, so that a process killed in between had none left.)
     """
 
-    def __init__(self, keep: int = 2) -> None:
-        self.keep = keep
+    def __init__(self, keep: int = 2, also: Callable[[Path, int], None] | None = None) -> None:
+        """also: writes something more of ours into a checkpoint, given its folder and step."""
+        self.keep, self.also = keep, also
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         PartialState().wait_for_everyone()      # every rank writes its own random state into the checkpoint
         if not state.is_world_process_zero:
             return
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.also is not None:
+            self.also(folder, state.global_step)
+        (folder / COMPLETE).touch()
         for old in sorted(Path(args.output_dir).glob("checkpoint-*"), key=_step_of)[:-self.keep]:
             (old / COMPLETE).unlink(missing_ok=True)
             shutil.rmtree(old)
+
+
+class RestartOptimizer(TrainerCallback):
+    """Forgets the optimizer's moments where a stage asks for it: before the first step of the stage."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.steps = {start for start, stage in zip(recipe.stage_starts, recipe.stages) if stage.optimizer == "restart" and start}
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
+        if state.global_step in self.steps:
+            while getattr(optimizer, "optimizer", None) is not None:
+                optimizer = optimizer.optimizer     # inside accelerate's and DeepSpeed's wrappers
+            optimizer.state.clear()
 
 
 class Metrics(TrainerCallback):
@@ -166,6 +230,7 @@ class Metrics(TrainerCallback):
         self._seconds_before = self._forget_after(state.global_step)
         self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.path.parent.name, unit="step", mininterval=2)
         self._start = (time.perf_counter(), state.global_step)
+        forget_peak_memory()
 
     def _forget_after(self, step: int) -> float:
         """Drop the lines after the checkpoint that a run continues from, which are logged again; seconds up to there."""
@@ -197,6 +262,8 @@ class Metrics(TrainerCallback):
         rate = steps * self.batch / seconds
         self._bar.set_postfix(loss=f"{logs['loss']:.3f}", examples_per_s=f"{rate:.1f}")
         row = {"step": state.global_step, **logs, "examples_per_s": round(rate, 2), "seconds": round(self.seconds, 1)}
+        if (peak_gb := peak_memory_gb()) is not None:
+            row["peak_memory_gb"] = round(peak_gb, 3)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -1,17 +1,22 @@
-"""Conversations to problems, for the adapters of LLaVA, ShareGPT and OpenAI files."""
+"""Conversations to problems, for the adapters of LLaVA, ShareGPT and OpenAI files.
+
+A problem shows the pictures of its question and of those before it. Where it shows several, markers `<image N>` in the
+question take the places of the `<image>` tokens or of the image parts; a single one stands before the text, as in LLaVA.
+"""
 
 import base64
 import binascii
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from data_prep.images import ProblemError, picture_path
-from data_prep.read import Problem
+from data_prep.read import Problem, one_or_several
 from data_prep.sources.common import Draft, Row, hashed, take
 
 IMAGE_TOKEN = "<image>"
@@ -24,7 +29,7 @@ ROLES = {
 @dataclass(frozen=True)
 class Turn:
     role: str  # user, assistant or system
-    text: str
+    text: str  # with an <image> token for each of `pictures`, where it stands
     pictures: tuple[str, ...] = ()  # paths, file: or data: addresses, in order
 
 
@@ -39,7 +44,7 @@ def turn_of(index: int, turn: Any, field: str) -> Turn:
         raise ProblemError(f"{place}.{role_key}: unknown role {role!r}; known: {', '.join(ROLES)}")
     content = turn.get(text_key)
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    texts, pictures = [], []
+    texts, pictures = [], []  # of texts None: a picture
     for number, part in enumerate(parts):
         where = f"{place}.{text_key}" + (f"[{number}]" if parts is content else "")
         kind = part.get("type") if isinstance(part, dict) else None
@@ -47,8 +52,11 @@ def turn_of(index: int, turn: Any, field: str) -> Turn:
             texts.append(_text(part.get("text"), where))
         elif kind in ("image_url", "image"):
             pictures.append(_address(part, kind, where))
+            texts.append(None)
         else:
             raise ProblemError(f"{where}: unknown part {kind!r}; known: text, image_url, image")
+    written = any(IMAGE_TOKEN in text for text in texts if text is not None)  # the text says itself where they stand
+    texts = [IMAGE_TOKEN if text is None else text for text in texts if text is not None or not written]
     return Turn(ROLES[role], "\n".join(texts), tuple(pictures))
 
 
@@ -106,7 +114,7 @@ def _decode(address: str) -> bytes:
 
 
 class Conversations:
-    """Makes problems of conversations: each question and its answer becomes one, all of a picture in one group."""
+    """Makes problems of conversations: each question and its answer becomes one. See common.joined for groups."""
 
     def __init__(self, source: str, license: str | None, images: Path):
         """license: for rows that name none themselves; images: the folder that relative picture paths start from."""
@@ -116,38 +124,31 @@ class Conversations:
     def drafts(self, record: dict, turns: Sequence[Turn], beside: Sequence[str], row: Row) -> list[Draft]:
         """record: the row's JSON object; beside: pictures it names outside its turns."""
         pairs, system = _pairs(turns)
-        tokens = sum(text.count(IMAGE_TOKEN) for text, _ in pairs)
-        pictures = list(dict.fromkeys([*beside, *(name for turn in turns for name in turn.pictures)]))
-        if len(pictures) != 1:
-            raise ProblemError(f"image: a problem has one picture, this row has {len(pictures) or 'none'}")
-        if tokens > 1:
-            raise ProblemError(f"image: {IMAGE_TOKEN} stands {tokens} times, the row has 1 picture")
-        # A later picture would be shown with questions asked before it.
-        if any(turn.pictures for turn in turns[next(i for i, t in enumerate(turns) if t.role == "user") + 1 :]):
-            raise ProblemError("image: must stand in the first question")
-        name, picture = picture_of(pictures[0], self.images)
+        names, shown = _shown(turns, [question for question, _ in pairs], beside)
+        found = [picture_of(address, self.images) for address in names]
         license = record.get("license") or self.license
         if not license:
             raise ProblemError("license: the row names none; give --license")
         ident = self._id(record, row)
         meta = {"turns": len(pairs)} | ({"system": "\n".join(system)} if system else {})
+        numbers = count(1)  # of the pictures, in the order of their tokens
         return [
             Draft(
                 Problem(
                     id=f"{ident}-{number}",
-                    group=name,
+                    group=found[0][0],
                     source=self.source,
-                    image=name,
+                    image=one_or_several(name for name, _ in found[:several]),
                     facts=None,
-                    question=_without_token(question),
+                    question=_with_markers(question, numbers, several > 1),
                     options=None,
                     answer=answer.strip(),
                     license=license,
                     meta={**meta, "turn": number},
                 ),
-                picture,
+                tuple(picture for _, picture in found[:several]),
             )
-            for number, (question, answer) in enumerate(pairs)
+            for number, ((question, answer), several) in enumerate(zip(pairs, shown))
         ]
 
     def _id(self, record: dict, row: Row) -> str:
@@ -174,9 +175,35 @@ def _pairs(turns: Sequence[Turn]) -> tuple[list[tuple[str, str]], list[str]]:
     return [(ask.text, say.text) for ask, say in zip(talk[::2], talk[1::2])], system
 
 
-def _without_token(text: str) -> str:
-    """The question without LLaVA's placeholder and the line break that comes with it."""
-    return re.sub(rf"\n?{re.escape(IMAGE_TOKEN)}\n?", "\n", text).strip() if IMAGE_TOKEN in text else text.strip()
+def _shown(turns: Sequence[Turn], questions: Sequence[str], beside: Sequence[str]) -> tuple[list[str], list[int]]:
+    """(the conversation's pictures in order, how many of them each question shows)."""
+    inside = [name for turn in turns for name in turn.pictures]
+    if beside and inside and set(beside) != set(inside):
+        raise ProblemError("image: the pictures beside the conversation are not those in it")
+    if any(turn.pictures for turn in turns if turn.role != "user"):
+        raise ProblemError("image: must stand in a question")
+    names = inside or list(beside)
+    if not names:
+        raise ProblemError("image: the row has no picture")
+    tokens = [question.count(IMAGE_TOKEN) for question in questions]
+    if sum(tokens) not in (0, len(names)):
+        times, pictures = (f"{n} {word}{'s' * (n > 1)}" for n, word in ((sum(tokens), "time"), (len(names), "picture")))
+        raise ProblemError(f"image: {IMAGE_TOKEN} stands {times}, the row has {pictures}")
+    if not any(tokens) or (len(names) == 1 and not inside):
+        return names, [len(names)] * len(questions)
+    if not tokens[0]:  # a later picture is not shown with questions asked before it
+        raise ProblemError("image: must stand in the first question")
+    return names, list(accumulate(tokens))
+
+
+def _with_markers(text: str, numbers: Iterator[int], several: bool) -> str:
+    """The question with its tokens as markers, or, when it shows one picture, without token and its line break."""
+    if several:
+        return re.sub(IMAGE_TOKEN, lambda _: f"<image {next(numbers)}>", text).strip()
+    without, found = re.subn(rf"\n?{IMAGE_TOKEN}\n?", "\n", text)
+    for _ in range(found):
+        next(numbers)
+    return without.strip()
 
 
 def add_arguments(parser) -> None:

@@ -11,17 +11,21 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 from tqdm import tqdm
 
 from data_prep.images import FORMATS, MAX_PIXELS, ProblemError, load
-from data_prep.read import FIELDS, BadRows, Problem, check_row, json_lines, parse_json, write_problems
+from data_prep.read import (
+    FIELDS, BadRows, Problem, as_tuple, check_row, json_lines, named, one_or_several, parse_json, write_problems,
+)  # fmt: skip
+
+Picture = Callable[[], Path | bytes]  # gives a picture's file or its bytes; asked only when its draft is used
 
 
 @dataclass(frozen=True)
@@ -36,15 +40,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Draft:
-    """A problem whose picture is not yet beside it.
+    """A problem whose pictures are not yet beside it.
 
-    `picture` gives the picture's file or its bytes and is asked only when the draft is used. A file lands in
-    OUT/images/<problem.image>; bytes land under a hash of themselves.
+    `pictures` belong to the names in `problem.image`, one each, in order: a file lands in OUT/images/<its name>, bytes
+    land under a hash of themselves, whatever the name says. Without pictures `problem.image` becomes null.
+    `published` holds, by view, the pictures of meta["published"][view]["image"]. They are placed the same way, and their
+    paths are filled in there. Where that gives no names, files too land under a hash of their bytes; the whole entry may
+    be missing when the view publishes nothing but pictures.
     """
 
     problem: Problem
-    picture: Callable[[], Path | bytes] | None = None
-    check: Callable[[Image.Image], None] | None = None  # raises ProblemError when the picture does not fit the words
+    pictures: tuple[Picture, ...] = ()
+    published: Mapping[str, tuple[Picture, ...]] = field(default_factory=dict)
+    check: Callable[..., None] | None = None  # takes `pictures`, decoded; ProblemError when they do not fit the words
     row: Row | None = None
 
 
@@ -90,11 +98,48 @@ def drafts_of(rows: Iterable[Row], build: Callable[[dict, Row], list[Draft]], ba
                 raise ProblemError("row: must be an object")
             drafts = [replace(draft, row=row) for draft in build(value, row)]
             for draft in drafts:
-                check_row({name: getattr(draft.problem, name) for name in FIELDS})
+                problem = _with_published(draft.problem, _stand_ins(draft))
+                check_row({name: getattr(problem, name) for name in FIELDS})
         except ProblemError as error:
             bad.keep(row.file, row.where, error, row.raw)
             continue
         yield from drafts
+
+
+def _stand_ins(draft: Draft) -> dict[str, tuple[str, ...]]:
+    """Names for the published pictures that have none yet, so that the row can be checked before any is read."""
+    entries = draft.problem.meta.get("published", {})
+    return {
+        view: ("picture",) * len(pictures)
+        for view, pictures in draft.published.items()
+        if "image" not in entries.get(view, {})
+    }
+
+
+def joined(drafts: Iterable[Draft]) -> Iterator[Draft]:
+    """The drafts, those that share a picture, directly or by way of others, in one group: that of the first of them.
+
+    Problems are split by group, and a picture may not stand in two splits.
+    """
+    drafts = list(drafts)
+    place: dict[str, int] = {}  # of each name, in order of appearance
+    parent: list[int] = []
+
+    def root(name: str) -> int:
+        found = place.setdefault(name, len(parent))
+        if found == len(parent):
+            parent.append(found)
+        while parent[found] != found:
+            parent[found] = found = parent[parent[found]]
+        return found
+
+    for draft in drafts:
+        roots = [root(name) for name in (draft.problem.group, *draft.problem.pictures)]
+        for one in roots:
+            parent[one] = min(roots)
+    names = list(place)
+    for draft in drafts:
+        yield replace(draft, problem=replace(draft.problem, group=names[root(draft.problem.group)]))
 
 
 def take(row: dict, name: str, *kinds: type) -> Any:
@@ -109,13 +154,21 @@ def take(row: dict, name: str, *kinds: type) -> Any:
     return value
 
 
-def arguments(doc: str, module: str) -> argparse.ArgumentParser:
-    """The options that every adapter has; `doc` is the module's docstring."""
+def arguments(doc: str, module: str, test_share: float | None = 0.2) -> argparse.ArgumentParser:
+    """The options that every adapter has; `doc` is the module's docstring.
+
+    test_share: the default of --test-share; None: there is no such option, because each problem's meta["split"], "train"
+    or "test", says where it goes.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for train.jsonl, test.jsonl and images/")
-    parser.add_argument("--test-share", type=_share, default=0.2, help="share of problems in test.jsonl (default: 0.2)")
+    if test_share is None:
+        parser.set_defaults(test_share=None)
+    else:
+        said = "share of problems in test.jsonl (default: %(default)s)"
+        parser.add_argument("--test-share", type=_share, default=test_share, help=said)
     parser.add_argument("--limit", type=_positive, help="at most this many problems, whole groups drawn by a hash")
     parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out, write them to OUT/rows.bad.jsonl")
     parser.add_argument(
@@ -150,19 +203,19 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, drafts: Cal
 
 
 def convert(
-    out: Path, drafts: Iterable[Draft], bad: BadRows, test_share: float, limit: int | None, max_pixels: int = MAX_PIXELS
+    out: Path, drafts: Iterable[Draft], bad: BadRows, test_share: float | None, limit: int | None, max_pixels: int = MAX_PIXELS
 ) -> dict[str, int]:
-    """Place the pictures, write the files, and return the number of problems in each."""
+    """Place the pictures, write the files, and return the number of problems in each. test_share: see `arguments`."""
     chosen = sorted(enumerate(_unique(drafts, bad)), key=lambda pair: (hashed("limit", pair[1].problem.group), pair[0]))
     total = min(limit or len(chosen), len(chosen))
     good: list[tuple[int, Problem]] = []
-    placed: dict[str, str] = {}
+    placer = Placer(out, max_pixels)
     with tqdm(total=total, unit="problem", desc=str(out), disable=None, file=sys.stderr) as bar:
         for place, draft in chosen:
             if len(good) == total:
                 break
             try:
-                good.append((place, _with_picture(draft, out, placed, max_pixels)))
+                good.append((place, placer.place(draft)))
                 bar.update()
             except ProblemError as error:
                 bad.keep(draft.row.file, draft.row.where, error, draft.row.raw)
@@ -181,30 +234,76 @@ def _unique(drafts: Iterable[Draft], bad: BadRows) -> Iterator[Draft]:
             bad.keep(draft.row.file, draft.row.where, error, draft.row.raw)
 
 
-def _with_picture(draft: Draft, out: Path, placed: dict[str, str], max_pixels: int) -> Problem:
-    """The problem with its picture copied below `out` and decoded once, however many problems share it."""
-    if draft.picture is None:
-        return replace(draft.problem, image=None)
-    source = draft.picture()
-    key = str(source) if isinstance(source, Path) else hashlib.sha256(source).hexdigest()
-    if key not in placed or draft.check:
-        try:
-            if isinstance(source, Path):
-                name = f"images/{draft.problem.image}"
-                picture = load(source, max_pixels)
-            else:
-                name = f"images/{key[:24]}{_suffix(source)}"
-                picture = load(io.BytesIO(source), max_pixels)
-        except ProblemError as error:
-            raise ProblemError(f"image: {error}") from error
+class _Found(NamedTuple):
+    """A picture of a draft."""
+
+    source: Path | bytes
+    path: str  # relative to OUT
+    pixels: Image.Image | None  # None: placed before, not decoded again
+
+
+class Placer:
+    """Puts the pictures of drafts below OUT/images, each decoded once, however many problems share it."""
+
+    def __init__(self, out: Path, max_pixels: int):
+        self.out, self.max_pixels = out, max_pixels
+        self.paths: dict[str, str] = {}  # by key
+        self.owners: dict[str, str] = {}  # keys, by path
+
+    def place(self, draft: Draft) -> Problem:
+        """The draft's problem, its pictures in their places; ProblemError "<field>: ..." when one cannot be used."""
+        names = draft.problem.pictures if draft.pictures else ()
+        new: dict[str, _Found] = {}  # pictures not placed before, by key; placed when all are known to be good
+        own = self._look("image", draft.pictures, names, new, decode=draft.check is not None)
         if draft.check:
-            draft.check(picture)
-        if isinstance(source, Path):
-            _link(source, out / name)
-        else:
-            _store(source, out / name)
-        placed[key] = name
-    return replace(draft.problem, image=placed[key])
+            draft.check(*(one.pixels for one in own))
+        entries = draft.problem.meta.get("published", {})
+        published = {
+            view: self._look(f"meta.published.{view}.image", pictures, as_tuple(entries.get(view, {}).get("image")), new)
+            for view, pictures in draft.published.items()
+        }
+        for key, one in new.items():
+            (_link if isinstance(one.source, Path) else _store)(one.source, self.out / one.path)
+            self.paths[key] = one.path
+        problem = replace(draft.problem, image=one_or_several(one.path for one in own))
+        return _with_published(problem, {view: [one.path for one in found] for view, found in published.items()})
+
+    def _look(
+        self, field: str, pictures: Sequence[Picture], names: Sequence[str], new: dict[str, _Found], *, decode: bool = False
+    ) -> list[_Found]:
+        """decode: also what was placed before."""
+        found = []
+        for picture, (where, name) in zip(pictures, named(field, names or (None,) * len(pictures)), strict=True):
+            source = picture()
+            if isinstance(source, Path) and name is None:
+                source = source.read_bytes()
+            key = str(source) if isinstance(source, Path) else hashlib.sha256(source).hexdigest()
+            if key in self.paths:
+                found.append(_Found(source, self.paths[key], self._decoded(source, where) if decode else None))
+                continue
+            if key not in new:
+                path = f"images/{name if isinstance(source, Path) else key[:24] + _suffix(source)}"
+                new[key] = _Found(source, path, self._decoded(source, where))
+                if self.owners.setdefault(path, key) != key:
+                    raise ProblemError(f"{where}: {path} is another picture's place already")
+            found.append(new[key])
+        return found
+
+    def _decoded(self, source: Path | bytes, where: str) -> Image.Image:
+        try:
+            return load(source if isinstance(source, Path) else io.BytesIO(source), self.max_pixels)
+        except ProblemError as error:
+            raise ProblemError(f"{where}: {error}") from error
+
+
+def _with_published(problem: Problem, names: Mapping[str, Sequence[str]]) -> Problem:
+    """The problem with the pictures of some views in meta["published"]."""
+    if not names:
+        return problem
+    published = dict(problem.meta.get("published", {}))
+    for view, found in names.items():
+        published[view] = {**published.get(view, {}), "image": found[0] if len(found) == 1 else list(found)}
+    return replace(problem, meta={**problem.meta, "published": published})
 
 
 def _suffix(data: bytes) -> str:
@@ -246,8 +345,28 @@ def _partial(target: Path) -> Iterator[Path]:
             partial.unlink()
 
 
-def _write_split(out: Path, problems: list[Problem], test_share: float) -> dict[str, int]:
-    """train.jsonl and test.jsonl, no group in both. A share of 0 or 1 writes one file and removes the other."""
+def _write_split(out: Path, problems: list[Problem], test_share: float | None) -> dict[str, int]:
+    """train.jsonl and test.jsonl. Where one would be empty, the other is written and that of an earlier run removed."""
+    if test_share is None:
+        test = {problem.id for problem in problems if problem.meta["split"] == "test"}
+    else:
+        groups = _test_groups(out, problems, test_share)
+        test = {problem.id for problem in problems if problem.group in groups}
+    counts = {}
+    for name, part in (
+        ("train.jsonl", [problem for problem in problems if problem.id not in test]),
+        ("test.jsonl", [problem for problem in problems if problem.id in test]),
+    ):
+        if part:
+            write_problems(out / name, part)
+            counts[name] = len(part)
+        else:
+            (out / name).unlink(missing_ok=True)  # of an earlier run with another share: its groups are elsewhere now
+    return counts
+
+
+def _test_groups(out: Path, problems: list[Problem], test_share: float) -> set[str]:
+    """The groups that stand in test.jsonl: none is divided."""
     sizes: dict[str, int] = {}
     for problem in problems:
         sizes[problem.group] = sizes.get(problem.group, 0) + 1
@@ -261,14 +380,4 @@ def _write_split(out: Path, problems: list[Problem], test_share: float) -> dict[
         if test_share > 0:
             test.add(group)
             count += sizes[group]
-    counts = {}
-    for name, part in (
-        ("train.jsonl", [problem for problem in problems if problem.group not in test]),
-        ("test.jsonl", [problem for problem in problems if problem.group in test]),
-    ):
-        if part:
-            write_problems(out / name, part)
-            counts[name] = len(part)
-        else:
-            (out / name).unlink(missing_ok=True)  # of an earlier run with another share: its groups are elsewhere now
-    return counts
+    return test

@@ -4,7 +4,8 @@
         --map question=query image=img options=choices answer=label facts=caption id=uid [--answer-as index]
 
 Columns named like a field map to it by themselves; `--map facts=` leaves one out. Options may be a list or a list
-written as text ("['red', 'blue']"); the answer may be text, a letter or an index from 0.
+written as text ("['red', 'blue']"); the answer may be text, a letter or an index from 0. Several pictures are a column
+of lists, or several columns, `--map image=image_1,image_2,image_3`; those that are null are left out.
 """
 
 import ast
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.images import ProblemError
-from data_prep.read import ANSWER_WITH, LETTERS, BadRows, Problem
+from data_prep.read import ANSWER_WITH, LETTERS, BadRows, Problem, one_or_several
 from data_prep.sources.chat import picture_of
-from data_prep.sources.common import Draft, Row, arguments, drafts_of, hashed, run
+from data_prep.sources.common import Draft, Picture, Row, arguments, drafts_of, hashed, joined, run
 
 MAPPED = ("id", "group", "image", "facts", "question", "options", "answer", "license")
 ANSWER_AS = ("auto", "text", "letter", "index")
@@ -47,16 +48,20 @@ def load(name: str, config: str | None, split: str | None, revision: str | None)
 
 
 def column_map(pairs: Sequence[str], columns: Sequence[str]) -> dict[str, str]:
-    """field -> column from "field=column" pairs; unnamed fields take the column of their own name."""
+    """field -> column from "field=column" pairs; unnamed fields take the column of their own name.
+
+    For `image` the column may be several, joined by commas.
+    """
     found = {name: name for name in MAPPED if name in columns}
     for pair in pairs:
         name, sign, column = pair.partition("=")
         if not sign or name not in MAPPED:
             raise ProblemError(f"--map {pair}: {_near(name, MAPPED)}write field=column; fields: {', '.join(MAPPED)}")
-        if column and column not in columns:
-            raise ProblemError(
-                f"--map {pair}: no column {column!r}; {_near(column, columns)}columns: {', '.join(columns)}"
-            )
+        for part in _image_columns(column) if name == "image" else [column] if column else []:
+            if part not in columns:
+                raise ProblemError(
+                    f"--map {pair}: no column {part!r}; {_near(part, columns)}columns: {', '.join(columns)}"
+                )
         found.pop(name, None)
         if column:
             found[name] = column
@@ -64,6 +69,10 @@ def column_map(pairs: Sequence[str], columns: Sequence[str]) -> dict[str, str]:
         if name not in found:
             raise ProblemError(f"--map: no column for {name!r}; columns: {', '.join(columns)}")
     return found
+
+
+def _image_columns(mapped: str | None) -> list[str]:
+    return mapped.split(",") if mapped else []
 
 
 def _near(name: str, known: Sequence[str]) -> str:
@@ -125,7 +134,8 @@ def drafts(args, bad: BadRows) -> Iterator[Draft]:
     data, split = load(args.source_name, args.config, args.split, args.revision)
     columns = column_map(args.map or [], data.column_names)
     names = _class_names(data, columns)
-    data = _undecoded(data, columns.get("image"))
+    pictured = _image_columns(columns.pop("image", None))
+    data = _undecoded(data, pictured)
     source = args.source or args.source_name.rstrip("/").split("/")[-1]
     license = args.license or data.info.license or None
     if not license and "license" not in columns:
@@ -139,14 +149,16 @@ def drafts(args, bad: BadRows) -> Iterator[Draft]:
         answer = field["answer"]
         if names and isinstance(answer, int) and 0 <= answer < len(names):
             answer = names[answer]
-        name, picture = None, None
-        if field.get("image") is not None:
-            name, picture = _picture(field["image"], args, lambda: data[number][columns["image"]])
+        found = [
+            _picture(value, args, lambda at=at: _values(data[number], pictured)[at])
+            for at, value in enumerate(_values(record, pictured))
+            if value is not None
+        ]
         problem = Problem(
             id=ident,
-            group=str(field["group"]) if field.get("group") is not None else name or ident,
+            group=str(field["group"]) if field.get("group") is not None else found[0][0] if found else ident,
             source=source,
-            image=name,
+            image=one_or_several(name for name, _ in found),
             facts=field.get("facts") or None,
             question=field["question"],
             options=options,
@@ -154,14 +166,15 @@ def drafts(args, bad: BadRows) -> Iterator[Draft]:
             license=field.get("license") or license,
             meta={"answer_with": args.answer_with, "split": split},
         )
-        return [Draft(problem, picture)]
+        return [Draft(problem, tuple(picture for _, picture in found))]
 
-    return drafts_of(_rows(data, args.source_name, columns.get("image")), build, bad)
+    made = drafts_of(_rows(data, args.source_name, pictured), build, bad)
+    return made if "group" in columns else joined(made)
 
 
-def _rows(data, name: str, image: str | None) -> Iterator[Row]:
+def _rows(data, name: str, pictured: Sequence[str]) -> Iterator[Row]:
     for number, record in enumerate(data):
-        words = {column: value for column, value in record.items() if column != image}
+        words = {column: value for column, value in record.items() if column not in pictured}
         yield Row(name, f"row {number}", repr(words), lambda record=record: record)
 
 
@@ -173,16 +186,27 @@ def _class_names(data, columns: dict[str, str]) -> tuple[str, ...] | None:
     return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 
-def _undecoded(data, column: str | None):
+def _undecoded(data, pictured: Sequence[str]):
     """Pictures as the bytes that are stored: decoding and encoding again would change them and drop their rotation."""
     import datasets
 
-    if column and isinstance(data.features[column], datasets.Image):
-        return data.cast_column(column, datasets.Image(decode=False))
+    stored = datasets.Image(decode=False)
+    for column in pictured:
+        feature = data.features[column]
+        if isinstance(feature, datasets.Image):
+            data = data.cast_column(column, stored)
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            data = data.cast_column(column, datasets.Sequence(stored))
     return data
 
 
-def _picture(value: Any, args, again: Callable[[], Any]) -> tuple[str, Callable[[], Path | bytes]]:
+def _values(record: dict, pictured: Sequence[str]) -> list[Any]:
+    """What a row holds in its picture columns, lists one after the other."""
+    cells = [record[column] for column in pictured]
+    return [value for cell in cells for value in (cell if isinstance(cell, list) else [cell])]
+
+
+def _picture(value: Any, args, again: Callable[[], Any]) -> tuple[str, Picture]:
     """(name, function that gives the picture) of bytes, {"bytes", "path"}, or a path below the dataset's folder."""
     if isinstance(value, dict) and value.get("bytes") is None:
         value = value.get("path")

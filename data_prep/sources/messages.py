@@ -4,8 +4,8 @@
 
 {"conversations": [{"from": "human", "value": "..."}, ...], "images": ["a.png"]}, or {"messages": [{"role": "user",
 "content": [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "..."}]}, ...]}. Pictures are
-local paths, file: or data: addresses. Each question and answer becomes a problem with an open answer; a system message
-is kept in meta.
+local paths, file: or data: addresses. Each question and answer becomes a problem with an open answer, which shows the
+pictures given so far; a system message is kept in meta.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from data_prep.images import ProblemError
 from data_prep.read import BadRows
 from data_prep.sources import chat
-from data_prep.sources.common import Draft, arguments, drafts_of, json_rows, run, take
+from data_prep.sources.common import Draft, arguments, drafts_of, joined, json_rows, run, take
 
 
 def drafts(args, bad: BadRows) -> Iterator[Draft]:
@@ -26,7 +26,7 @@ def drafts(args, bad: BadRows) -> Iterator[Draft]:
         turns = [chat.turn_of(n, turn, field) for n, turn in enumerate(take(record, field, list))]
         return maker.drafts(record, turns, chat.row_pictures(record), row)
 
-    return drafts_of(json_rows(args.source_file), build, bad)
+    return joined(drafts_of(json_rows(args.source_file), build, bad))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -146,7 +146,7 @@ def _draft(identifier, label, sentence, boxes, meta, row, order, split, folder) 
         license=LICENSE,
         meta={**meta, "order": order},
     )
-    return Draft(problem, picture, check)
+    return Draft(problem, (picture,), check=check)
 
 
 def _orders(text: str) -> list[int]:

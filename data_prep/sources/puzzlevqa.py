@@ -64,7 +64,7 @@ def _build(row: dict, _: Row, *, template: str, folder: Path) -> list[Draft]:
         license=LICENSE,
         meta={"answer_with": "letter", "kind": template, "text_sufficient": sufficient},
     )
-    return [Draft(problem, picture)]
+    return [Draft(problem, (picture,))]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,8 +20,8 @@ PICTURES = {"train": 6000, "val": 300, "test": 400, "test_new": 200}
 LICENSE = "CC0-1.0"
 
 
-def generate(split: str, pictures: int, *, seed: int = 0, families: Sequence[str] = FAMILIES, levels: Sequence[int] = LEVELS,
-             ) -> Iterator[tuple[World, list[Question]]]:
+def generate(split: str, pictures: int, *, seed: int = 0, families: Sequence[str] = FAMILIES,
+             levels: Sequence[int] = LEVELS) -> Iterator[tuple[World, list[Question]]]:
     """Distinct worlds of a split with up to one question of each kind, families and levels in turn.
 
     Raises:
@@ -30,7 +30,7 @@ def generate(split: str, pictures: int, *, seed: int = 0, families: Sequence[str
     rng, balance, seen = random.Random(f"{seed} {split}"), Balance(), set()
     for number in range(pictures):
         family, place = families[number % len(families)], number // len(families) % len(levels)
-        world = next((world for level in (*levels[place:], *levels[:place])     # few things make few worlds: then take more things
+        world = next((world for level in (*levels[place:], *levels[:place])   # few things make few worlds: then take more things
                       if (world := _unseen(rng, family, level, split, seen))), None)
         if world is None:
             raise ValueError(f"{split}: no new world of {family} after {number} pictures; ask for fewer, or for more levels")
@@ -51,7 +51,7 @@ def to_problem(world: World, question: Question, root: Path) -> Problem:
     return Problem(
         id=f"{name}-{question.kind}", group=name, source=world.family, image=f"images/{name}.png", facts=world.facts,
         question=question.text, options=question.options, answer=question.answer, license=LICENSE,
-        meta={"kind": question.kind, "level": world.level, "answer_with": "text"}, root=root)
+        meta={"kind": question.kind, "level": world.level, "answer_with": "text", "rationale": question.rationale}, root=root)
 
 
 def write(out: Path, pictures: dict[str, int], *, seed: int, families: Sequence[str] = FAMILIES, levels: Sequence[int] = LEVELS,
@@ -77,7 +77,7 @@ def _pictures(text: str) -> dict[str, int]:
     for item in text.split(","):
         split, _, number = item.partition("=")
         if split not in SPLITS or not number.isdigit():
-            raise argparse.ArgumentTypeError(f"{item!r}: a split ({', '.join(SPLITS)}) and a number are needed, such as train=6000")
+            raise argparse.ArgumentTypeError(f"{item!r}: a split ({', '.join(SPLITS)}) and a number are needed: train=6000")
         pictures[split] = int(number)
     return pictures
 
@@ -92,7 +92,8 @@ def _subset(names: Sequence) -> Callable[[str], list]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.twins", description="Write twins: problems exact in words and pixels.")
+    parser = argparse.ArgumentParser(prog="python -m data_prep.twins",
+                                     description="Write twins: problems exact in words and pixels.")
     parser.add_argument("--out", type=Path, default=Path("data/twins"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pictures", type=_pictures, default=PICTURES,

@@ -1,7 +1,10 @@
 """Five kinds of question about a world, with answers balanced so that the words of a question say nothing about its answer.
 
-Kinds: `lookup`, `count`, `existence`, `compare`, `relation`. Every kind proposes candidates (question, answer, options) of one world; a
-`Balance` then takes the answer that was used least so far for questions of the same wording.
+Kinds: `lookup`, `count`, `existence`, `compare`, `relation`. Every kind proposes candidates (question, answer, options) of one
+world; a `Balance` then takes the answer that was used least so far for questions of the same wording.
+
+Every question carries its rationale, the facts that decide it and no others: "A red. C red." for how many shapes are red. Only
+where everything decides (which of two bars is taller) is it all that the facts say.
 """
 
 import random
@@ -23,6 +26,7 @@ class Question:
     answer: str
     options: tuple[str, ...]
     wording: str            # what a reader without the facts could condition on; answers are balanced within it
+    rationale: str          # the things that decide the answer, in the words of the facts: see `_because`
 
 
 class Balance:
@@ -54,6 +58,11 @@ def ask(world: World, rng: random.Random, balance: Balance, kinds: tuple[str, ..
     return [question for question in chosen if question is not None]
 
 
+def _because(things: Iterable[Thing], values: int = 1) -> str:
+    """A rationale: the things that decide, each up to the last value that does, worded as in the facts; "none." without any."""
+    return " ".join(f"{Thing(thing.place, thing.values[:values])}." for thing in things) or "none."
+
+
 def _options(rng: random.Random, answer: str, others: list[str], first: Iterable[str] = (), n: int = 4) -> tuple[str, ...]:
     """The answer among up to n - 1 others, those of `first` before the rest, sorted: the order in which they are shown is decided
     where they are shown."""
@@ -80,33 +89,34 @@ def _lookup(world: World, rng: random.Random) -> Iterator[Question]:
                 values = [v for v in values if allowed(v)]
             # What stands elsewhere comes first among the wrong options, or "which of these is there" would be answer enough.
             elsewhere = [other.values[which] for other in world.things]
-            yield Question("lookup", text, thing.values[which], _options(rng, thing.values[which], values, elsewhere), text)
+            yield Question("lookup", text, thing.values[which], _options(rng, thing.values[which], values, elsewhere), text,
+                           _because([thing], which + 1))
 
 
 def _count(world: World, rng: random.Random) -> Iterator[Question]:
     options = NUMBERS[:min(3, len(world.things)) + 1]
     if world.family == "charts":
-        tall = [HEIGHTS.index(bar.values[0]) + 1 for bar in world.things]
-        counts = {f"How many bars are taller than {NUMBERS[t]}?": sum(h > t for h in tall) for t in (2, 3, 4)}
+        counted = {f"How many bars are taller than {NUMBERS[t]}?": [bar for bar in world.things if bar.values[0] in HEIGHTS[t:]]
+                   for t in (2, 3, 4)}
     else:
-        have = Counter(thing.values[0] for thing in world.things)
         pattern = {"shapes": "How many shapes are {}?", "tables": "How many cells hold {}?",
                    "paths": "How many arrows point {}?"}[world.family]
-        counts = {pattern.format(v): have[v] for v in sorted({v[0] for v in possible_values(world.family, "A")})}
-    for text, count in counts.items():
-        if count < len(options):
-            yield Question("count", text, NUMBERS[count], options, f"{text} {len(options)}")
+        counted = {pattern.format(v): [thing for thing in world.things if thing.values[0] == v]
+                   for v in sorted({v[0] for v in possible_values(world.family, "A")})}
+    for text, things in counted.items():
+        if len(things) < len(options):
+            yield Question("count", text, NUMBERS[len(things)], options, f"{text} {len(options)}", _because(things))
 
 
 def _existence(world: World, rng: random.Random) -> Iterator[Question]:
-    have = {thing.values[0] for thing in world.things}
+    have = {thing.values[0]: thing for thing in reversed(world.things)}      # the first thing of each value
     text = {"shapes": "Which of these colours is there?", "charts": "Which of these heights has a bar?",
             "tables": "Which of these numbers is there?", "paths": "Which of these ways does an arrow point?"}[world.family]
-    absent = sorted({values[0] for values in possible_values(world.family, "A")} - have)
+    absent = sorted({values[0] for values in possible_values(world.family, "A")} - set(have))
     if absent:
         for value in sorted(have):
             options = _options(rng, value, absent)
-            yield Question("existence", text, value, options, f"{text} {len(options)}")
+            yield Question("existence", text, value, options, f"{text} {len(options)}", _because([have[value]]))
 
 
 def _compare(world: World, rng: random.Random) -> Iterator[Question]:
@@ -118,16 +128,17 @@ def _compare(world: World, rng: random.Random) -> Iterator[Question]:
                 text = (f"Which bar is taller, {one.place} or {two.place}?" if world.family == "charts"
                         else f"Which holds the larger number, {one.place} or {two.place}?")
                 pair = tuple(sorted((one.place, two.place)))
-                yield Question("compare", text, (one if difference > 0 else two).place, pair, text)
+                yield Question("compare", text, (one if difference > 0 else two).place, pair, text,
+                               _because([one, two]))
         return
     for one in world.things:
-        same = [thing.place for thing in world.things if thing is not one and thing.values[0] == one.values[0]]
+        same = [thing for thing in world.things if thing is not one and thing.values[0] == one.values[0]]
         other = [thing.place for thing in world.things if thing.values[0] != one.values[0]]
         if same and other:
             text = (f"Which cell has the same colour as {one.place}?" if world.family == "shapes"
                     else f"Which arrow points the same way as {one.place}?")
-            place = rng.choice(same)
-            yield Question("compare", text, place, _options(rng, place, other), text)
+            match = rng.choice(same)
+            yield Question("compare", text, match.place, _options(rng, match.place, other), text, _because([one, match]))
 
 
 def _relation(world: World, rng: random.Random) -> Iterator[Question]:
@@ -136,7 +147,7 @@ def _relation(world: World, rng: random.Random) -> Iterator[Question]:
             text = f"Which bar is just right of the {bar.place} bar?"
             others = [colour for colour in COLOURS if colour != bar.place]
             options = _options(rng, right.place, others, (other.place for other in world.things))
-            yield Question("relation", text, right.place, options, text)
+            yield Question("relation", text, right.place, options, text, _because([bar, right]))
     elif world.family == "paths":
         yield from _leads_to(world)
     else:
@@ -149,7 +160,8 @@ def _relation(world: World, rng: random.Random) -> Iterator[Question]:
             for word, first, second in (("further left", x1, x2), ("higher up", y1, y2)):
                 if first != second:
                     text = f"Which is {word}, {a} or {b}?"
-                    yield Question("relation", text, a if first < second else b, tuple(sorted((a, b))), text)
+                    yield Question("relation", text, a if first < second else b, tuple(sorted((a, b))), text,
+                                   _because([one, two]))
 
 
 def _leads_to(world: World) -> Iterator[Question]:
@@ -162,7 +174,7 @@ def _leads_to(world: World) -> Iterator[Question]:
                 and (thing.values == (way,) or not is_new("paths", Thing(thing.place, (way,))))}
         if thing.values[0] in ends and len(ends) > 1:
             text = f"To which cell does the arrow at {thing.place} lead?"
-            yield Question("relation", text, ends[thing.values[0]], tuple(sorted(ends.values())), text)
+            yield Question("relation", text, ends[thing.values[0]], tuple(sorted(ends.values())), text, _because([thing]))
 
 
 def _where(place: str) -> tuple[int, int]:

@@ -1,0 +1,110 @@
+"""The plan of a run: its stages one after the other, each with its own mixture and its share of the optimizer steps.
+
+Which conversation is drawn n-th is a pure function of the recipe, the data and n: the same for every number of ranks and workers.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from data_prep.problem import Prompt
+from data_prep.provenance import write_json
+from training.config import Loss, Recipe, RecipeError
+from training.mixture import Draw, Mixture
+from training.objective import Objective, needs
+
+# Seeds of later stages, so far from the numbers of parts and epochs that no two orders are drawn alike. The first stage's order is
+# that of the seed alone.
+STAGE_SEED = 2**20
+PLAN_FILE = "plan.json"
+
+
+class PlannedStage(NamedTuple):
+    number: int
+    mixture: Mixture
+    loss: Loss
+    start: int                  # optimizer steps
+    end: int
+    batch: int
+
+    @property
+    def first(self) -> int:
+        """Number of its first draw."""
+        return self.start * self.batch
+
+    @property
+    def objective(self) -> Objective:
+        return Objective(self.loss, {part.view for part in self.mixture.parts})
+
+    def table(self, encoder=None) -> Table:
+        title = f"stage {self.number + 1}, steps {self.start} to {self.end}: {self.mixture.path}: {len(self.mixture)} draws"
+        return self.mixture.table(encoder, title=title)
+
+
+class Plan:
+    """What is drawn, over all stages of a recipe.
+
+    Attributes:
+        stages: in their order.
+        hashes: SHA-256 of every file that the order depends on.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        """Raises RecipeError and ProblemError as Mixture does, and RecipeError for a loss that its mixture's views do not allow."""
+        self.batch, self.seed = recipe.batch, recipe.seed
+        starts, cache = recipe.stage_starts, {}
+        self.stages: list[PlannedStage] = []
+        self.hashes: dict[str, str] = {}
+        for number, (start, end) in enumerate(zip(starts, starts[1:])):
+            loss = recipe.stage_loss(number)
+            mixture = Mixture(recipe.stage_mixture(number), seed=(recipe.seed, STAGE_SEED + number) if number else recipe.seed,
+                              draws=(end - start) * recipe.batch, skip_bad=recipe.data.skip_bad,
+                              needs=partial(needs, loss), cache=cache)
+            self.stages.append(PlannedStage(number, mixture, loss, start, end, recipe.batch))
+            self.hashes |= mixture.hashes
+
+    def __len__(self) -> int:
+        return self.stages[-1].end * self.batch
+
+    def stage_at(self, step: int) -> PlannedStage:
+        """The stage that an optimizer step belongs to, counted from 0."""
+        return next(stage for stage in self.stages if step < stage.end)
+
+    def draw(self, number: int) -> Draw:
+        """The conversation with this number, counted from 0 over all ranks. No picture is opened."""
+        stage = self.stage_at(number // self.batch)
+        return stage.mixture.draw(number - stage.first)._replace(stage=stage.number)
+
+    def conversation(self, draw: Draw) -> tuple[list[dict], tuple, list[Prompt]]:
+        """See Mixture.conversation."""
+        return self.stages[draw.stage].mixture.conversation(draw)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Where the plan stands after `step` optimizer steps, as plain JSON values."""
+        done = []
+        for stage in self.stages:
+            counts = stage.mixture.drawn(max(0, min(step, stage.end) - stage.start) * self.batch)
+            done += [{"stage": stage.number, "source": part.source, "view": part.view.value, "drawn": count,
+                      "epochs": round(count / len(part.units), 4)} for part, count in zip(stage.mixture.parts, counts)]
+        last = self.draw(step * self.batch - 1) if step else None
+        return {"seed": self.seed, "step": step, "draws": step * self.batch, "parts": done, "data": self.hashes,
+                "last": last and [last.source, last.view.value, list(last.problems), last.stage]}
+
+    def save(self, folder: Path, step: int) -> None:
+        write_json(folder / PLAN_FILE, self.state(step))
+
+    def check(self, folder: Path, step: int) -> None:
+        """Raises RecipeError when the checkpoint in `folder` was made under another plan."""
+        path = folder / PLAN_FILE
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"{path}: cannot be read, so the order of the data cannot be continued: {error}") from error
+        now = self.state(step)
+        if differing := [key for key in now if saved.get(key) != now[key]]:
+            raise RecipeError(f"{path}: the order of the data is not the one the run began with; it differs in {', '.join(differing)}")
+
+
