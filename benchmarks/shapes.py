@@ -37,7 +37,8 @@ def config(shape: str, encoder: Encoder) -> Qwen2_5_VLConfig:
                             tie_word_embeddings=text["tie_word_embeddings"], **dict(zip(names, ids)))
 
 
-def random_model(shape: str, encoder: Encoder, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
+def random_model(shape: str, encoder: Encoder, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+                 ) -> Qwen2_5_VLForConditionalGeneration:
     """A model of the shape with weights drawn at the usual 0.02; norms stay 1 and biases 0."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -61,13 +62,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("shape", choices=sorted(TEXT))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--like", default="assets/tiny", help="folder of the tokenizer and image processor (default: %(default)s)")
+    parser.add_argument("--no-weights", action="store_true", help="the configuration alone, enough for train.py --dry-run")
     args = parser.parse_args(argv)
     encoder = Encoder(args.like)
-    model = random_model(args.shape, encoder)
-    model.save_pretrained(args.out)
+    if args.no_weights:
+        config(args.shape, encoder).save_pretrained(args.out)
+        said = "configuration"
+    else:
+        model = random_model(args.shape, encoder)
+        model.save_pretrained(args.out)
+        said = f"{sum(parameter.numel() for parameter in model.parameters()):,} random parameters"
     encoder.tokenizer.save_pretrained(args.out)
     encoder.image_processor.save_pretrained(args.out)
-    print(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} random parameters")
+    print(f"{args.out}: {said}")
 
 
 if __name__ == "__main__":

@@ -212,7 +212,11 @@ def test_seeds_are_averaged_and_paired(tmp_path) -> None:
     # per kind the items are split, not resampled from the whole
     kinds = tuned["kinds"]
     assert {kind: one["n"] for kind, one in kinds.items()} == {"count": 100, "lookup": 100}
-    assert sum(one["measures"]["accuracy"]["vision"]["value"] for one in kinds.values()) / 2 == pytest.approx(0.825)
+    rows = [json.loads(line) for seed in seeds for line in (seed / "answers.jsonl").read_text().splitlines()]
+    for kind, one in kinds.items():
+        shown = [row["correct"] for row in rows if row["view"] == "vision" and row["meta"]["kind"] == kind]
+        assert one["measures"]["accuracy"]["vision"]["value"] == pytest.approx(sum(shown) / 200)
+    assert kinds["count"]["measures"]["accuracy"]["vision"] != kinds["lookup"]["measures"]["accuracy"]["vision"]
 
 
 def test_open_questions_are_left_out_of_what_needs_options(tmp_path) -> None:

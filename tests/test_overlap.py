@@ -79,8 +79,8 @@ def test_drawings_that_differ_in_one_thing_are_others(name, tmp_path) -> None:
     assert without_overlap([mine], [[other]], distance=64) == ([mine], [])
 
 
-def test_a_thin_mark_a_small_step_of_colour_and_a_place_each_make_another_picture(tmp_path) -> None:
-    """Each is seen by one of the comparisons alone: brightness, colour, place of what stands on plain ground."""
+def test_a_thin_mark_a_step_of_colour_a_place_and_a_shape_each_make_another_picture(tmp_path) -> None:
+    """Each is seen by one of the comparisons alone: brightness, colour, place on plain ground, width to height."""
     def disc(colour: tuple[int, int, int], *, mark: bool = False) -> Image.Image:
         image = Image.new("RGB", (240, 240), "white")
         ImageDraw.Draw(image).ellipse((60, 60, 180, 180), fill=colour)
@@ -90,7 +90,8 @@ def test_a_thin_mark_a_small_step_of_colour_and_a_place_each_make_another_pictur
 
     purple, blue = (140, 125, 195), (110, 168, 222)
     pairs = [(disc(blue), disc(blue, mark=True)), (disc(blue), disc(purple)),
-             (drawing({0: "red", 4: "blue"}), drawing({1: "red", 5: "blue"}))]
+             (drawing({0: "red", 4: "blue"}), drawing({1: "red", 5: "blue"})),
+             (drawing(ORIGINAL), drawing(ORIGINAL).resize((120, 72)))]
     for number, pair in enumerate(pairs):
         mine, other = (with_picture(tmp_path, f"{number}{side}", image) for side, image in zip("ab", pair))
         assert without_overlap([mine], [[other]], distance=64) == ([mine], []), number

@@ -111,10 +111,12 @@ def test_imbalance_is_undefined_and_not_clipped() -> None:
     for no_text, no_image in (([1, 1, 1, 1], [0, 0, 0, 0]), ([1, 1, 0, 0], [1, 1, 0, 0])):
         found = estimate(reliance.imbalance([1, 1, 0, 0], no_text, no_image))
         assert math.isnan(found.value) and "one sign" in found.note
-    # a utility of exactly 0, as sums of thirds over three seeds give it
-    full, other = np.array([[1, 0, 0], [1, 0, 1], [0, 1, 0]]), np.array([[0, 1, 0], [0, 1, 1], [1, 0, 0]])
-    assert value(reliance.imbalance(full, 0 * full, other)) == 1
-    assert value(reliance.imbalance(full, other, 0 * full)) == 0
+    # three seeds whose picture is worth exactly 0; summed as thirds it is -7e-18, which is not another sign
+    gains = np.array([[0, -1, 1, 0, -1, -1, 1, 0], [1, 1, -1, 1, -1, -1, 1, 0], [0, 0, -1, 0, 1, 0, -1, 1]])
+    full, nothing = np.ones((3, 8)), np.zeros((3, 8))
+    assert gains.sum() == 0 > gains.mean(axis=0).mean()
+    assert value(reliance.imbalance(full, nothing, full - gains)) == 1
+    assert value(reliance.imbalance(full, full - gains, nothing)) == 0
 
 
 def test_an_interval_is_undefined_where_a_resample_is() -> None:
