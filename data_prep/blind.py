@@ -5,7 +5,7 @@
 
 Every problem is answered in three views side by side: `vision`, `blind` (no picture) and `shuffled` (another problem's picture).
 FILE.blind.jsonl gets one row for each problem, FILE.blind.json the settings and parents. The same command continues a run that
-was cut short; rows of problems that have changed since are made again, and other settings are refused.
+was cut short; rows of problems that have changed since are made again; other settings, and another file's rows, are refused.
 
 That questions which a text-only model answers should not test vision is the filter of MMStar and MMMU-Pro, which count votes of
 language models. What is ours: one model, the same with and without the picture; the probability of the right option and not a
@@ -37,12 +37,12 @@ from tqdm import tqdm
 
 from data_prep.images import picture_path
 from data_prep.libraries import console, offline_if_local, quiet
-from data_prep.overlap import check_beside, pictures_of
 from data_prep.problem import (
     Problem,
     ProblemError,
     Prompt,
     View,
+    every_picture,
     partners,
     possible_views,
     read_problems,
@@ -51,7 +51,7 @@ from data_prep.problem import (
     write_problems,
 )
 from data_prep.provenance import file_sha256, parents, write_json
-from data_prep.read import dump, json_lines, parse_json, replacing
+from data_prep.read import check_beside, dump, json_lines, parse_json, replacing
 
 Pair = tuple[Problem, Problem | None]   # a problem and its partner
 VIEWS = (View.vision, View.blind, View.shuffled)
@@ -83,7 +83,7 @@ class Contents:
         self._pictures: dict[Path, str] = {}
 
     def pictures(self, problem: Problem) -> list[str]:
-        files = [picture_path(problem.root, name) for name in pictures_of(problem)]
+        files = [picture_path(problem.root, name) for name in every_picture(problem)]
         for file in files:
             if file not in self._pictures:
                 self._pictures[file] = file_sha256(file)
@@ -220,8 +220,12 @@ def summary(rows: Sequence[dict[str, Any]]) -> Table:
         gains = [_mean(part, f"gain_{view.value}") for view in VIEWS[1:]]
         kept = [sum(1 for row in part if (gain := _gain(row, "both")) is not None and gain >= least) for least in GAINS]
         table.add_row(escape(source), str(len(part)), *("-" if math.isnan(mean) else f"{mean:.3f}" for mean in means),
-                      *("-" if math.isnan(mean) else f"{mean:+.3f} ± {se:.3f}" for mean, se in gains), *map(str, kept))
+                      *(_with_error(*gain) for gain in gains), *map(str, kept))
     return table
+
+
+def _with_error(mean: float, se: float) -> str:
+    return "-" if math.isnan(mean) else f"{mean:+.3f}" + ("" if math.isnan(se) else f" ± {se:.3f}")
 
 
 def _mean(rows: Sequence[dict[str, Any]], name: str) -> tuple[float, float]:
@@ -262,6 +266,7 @@ def run(args: argparse.Namespace, load: Any) -> None:
         borrowed = contents.pictures(other) if other is not None else None
         keys[problem.id] = {"content": content, "key": _hash([settings, content, borrowed])}
     rows = _resume(out, keys)
+    write_json(out.with_suffix(".json"), info)
     wanted = problems[: args.limit]
     left = [(problem, other) for problem, other in zip(wanted, others) if problem.id not in rows]
     with out.open("ab") as file, \
@@ -292,19 +297,24 @@ def _open(path: Path, out: Path, settings: dict[str, Any], data: dict[str, Any])
     """The settings beside the scores. ProblemError when scores were made under others, which no filter may mix."""
     if out.exists() and not path.exists():
         raise ProblemError(f"{out}: has no {path.name} beside it that says how its scores were made; give another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
     info = {**settings, **parents()}
     if path.exists() and out.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            old = parse_json(path.read_bytes())
+        except ProblemError as error:
+            raise ProblemError(f"{path}: {error}") from error
         if differing := [key for key, value in settings.items() if old.get(key) != value]:
             raise ProblemError(f"{out}: holds scores of other settings ({', '.join(differing)}); give another --out or delete it")
         info = old
-    info = {**info, **data, "finished": False}
-    write_json(path, info)
-    return info
+    return {**info, **data, "finished": False}
 
 
 def _resume(out: Path, keys: dict[str, dict[str, str]]) -> dict[str, dict[str, Any]]:
-    """Rows already there that still hold. Of problems that changed since, or whose partner did, they are thrown away."""
+    """Rows already there that still hold. Of problems that changed since, or whose partner did, they are thrown away.
+
+    ProblemError when none holds: then they are another file's, and may have taken hours.
+    """
     if not out.exists():
         return {}
     data = out.read_bytes()
@@ -312,6 +322,8 @@ def _resume(out: Path, keys: dict[str, dict[str, str]]) -> dict[str, dict[str, A
         out.write_bytes(whole)
     rows = read_scores(out)
     holding = {name: row for name, row in rows.items() if name in keys and row["key"] == keys[name]["key"]}
+    if rows and not holding:
+        raise ProblemError(f"{out}: holds scores of {len(rows)} other problems; give another --out or delete it")
     if len(holding) < len(rows):
         print(f"{out}: {len(rows) - len(holding)} rows are of problems that have changed or gone; thrown away", file=sys.stderr)
         _rewrite(out, holding.values())

@@ -3,13 +3,13 @@
     python -m data_prep.overlap data/pgps9k/train.jsonl --against data/mathverse/test.jsonl [--out data/pgps9k/train.clean.jsonl]
 
 **Pictures.** Equal pixels, or nearly equal ones: re-encoded, resized, or with a plain border added on all sides. A difference
-hash (N. Krawetz) of 64 bits finds candidates: re-encoding rarely moves it by more than 4 bits. A DCT hash moves further, because
-flat ground leaves many of its coefficients near their median. By itself the hash is no evidence: on small drawings it takes
-two of five for one of 200 others. So a candidate is confirmed on pixels: colours of a 16x16 grid, then brightness at up to
-192x192 and colour at 32x32, with one pixel of play, since resizing moves edges. For borders, pictures are also compared without
-the plain ground around them, where it is about equally wide. What stays hidden are crops, mirrored pictures, changed colours, and
-a border together with strong JPEG. What is taken for equal are drawings that differ in a dozen pixels at 192x192, or in colours
-as close as yellow and orange.
+hash (N. Krawetz) of 64 bits finds candidates: re-encoding rarely moves it by more than 4 bits. A DCT hash moves further,
+because flat ground leaves many of its coefficients near their median. By itself the hash is no evidence: on small drawings it
+takes two of five for one of 200 others. So a candidate is confirmed on pixels: colours of a 16x16 grid, then brightness at up
+to 192x192 and colour at 32x32, with one pixel of play, since resizing moves edges. For borders, pictures are also compared
+without the plain ground around them, where it is about equally wide. What stays hidden are crops, mirrored pictures, changed
+colours, a strip on one side only (such as a question drawn below), and a border together with strong JPEG. What is taken for
+equal are drawings that differ in a dozen pixels at 192x192, or in colours as close as yellow and orange.
 
 **Questions.** Data sets ask from templates ("Which shape is at B?" a thousand times), so an equal question says little. It counts
 
@@ -19,7 +19,8 @@ as close as yellow and orange.
   own file asks nearly the same. A group, not a problem: NLVR says one sentence about four pictures.
 
 Two problems of the same source whose facts differ are about different things, however they are worded: then neither of the last
-two rules holds. Text is compared in lower case without punctuation; words are what spaces separate.
+two rules holds. Questions that a problem publishes for a view count like its own. Text is compared in lower case without
+punctuation; words are what spaces separate.
 """
 
 import argparse
@@ -42,7 +43,8 @@ from tqdm import tqdm
 
 from data_prep import images
 from data_prep.images import ProblemError
-from data_prep.read import MARKER, Problem, as_tuple, read_problems, write_problems
+from data_prep.problem import every_picture
+from data_prep.read import MARKER, Problem, check_beside, read_problems, write_problems
 
 DISTANCE, QUESTION = 4, 0.8
 MIN_WORDS = 8           # of a question that says something by itself
@@ -192,10 +194,17 @@ class Asked(NamedTuple):
     facts: tuple[str, ...] | None
 
     @classmethod
-    def by(cls, problem: Problem) -> "Asked":
+    def by(cls, problem: Problem) -> "list[Asked]":
+        """One for each way in which the problem asks."""
         options = tuple(sorted(words(option) for option in problem.options or ()))
         facts = None if problem.facts is None else words(problem.facts)
-        return cls(words(problem.question), options, words(problem.answer), facts)
+        return [cls(question, options, words(problem.answer), facts) for question in questions_of(problem)]
+
+
+def questions_of(problem: Problem) -> list[tuple[str, ...]]:
+    """The words of the problem's question and of those that it publishes for a view (meta.published), each once."""
+    published = (entry.get("question") for entry in problem.meta.get("published", {}).values())
+    return list(dict.fromkeys(words(question) for question in (problem.question, *published) if question is not None))
 
 
 def _group(problem: Problem) -> tuple[str, str]:
@@ -213,14 +222,15 @@ def _contradict(mine: Problem, other: Problem) -> bool:
 
 def same_items(mine: Sequence[Problem], others: Sequence[Problem]) -> Iterator[tuple[int, int]]:
     """(place in mine, place in others) of problems that ask the same of the same; see the module's docstring."""
-    asked, asked_b = ([Asked.by(problem) for problem in side] for side in (mine, others))
-    full = {one: place for place, one in reversed(list(enumerate(asked_b))) if one.facts is not None}
-    distinct = set.intersection(*(_in_one_group((one[:3], _group(problem)) for one, problem in zip(side, problems))
+    asked, asked_b = ([(place, one) for place, problem in enumerate(side) for one in Asked.by(problem)]
+                      for side in (mine, others))
+    full = {one: place for place, one in reversed(asked_b) if one.facts is not None}
+    distinct = set.intersection(*(_in_one_group((one[:3], _group(problems[place])) for place, one in side)
                                   for side, problems in ((asked, mine), (asked_b, others))))
     places: dict[tuple, list[int]] = {}
-    for place, one in enumerate(asked_b):
+    for place, one in asked_b:
         places.setdefault(one[:3], []).append(place)
-    for place, one in enumerate(asked):
+    for place, one in asked:
         if one in full:
             yield place, full[one]
         elif one[:3] in distinct and len(one.question) + sum(map(len, one.options)) >= MIN_WORDS:
@@ -234,8 +244,9 @@ class Texts:
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.places: dict[tuple[str, ...], list[int]] = {}
         for place, problem in enumerate(problems):
-            if len(said := words(problem.question)) >= MIN_WORDS:
-                self.places.setdefault(said, []).append(place)
+            for said in questions_of(problem):
+                if len(said) >= MIN_WORDS:
+                    self.places.setdefault(said, []).append(place)
         self.said = list(self.places)
         self.groups = [{_group(problems[place]) for place in places} for places in self.places.values()]
 
@@ -288,17 +299,11 @@ def _unlike_others(texts: Texts, matrix: csr_array, rows: list[int], least: floa
     return {row for row in rows if len(groups[row]) == 1}
 
 
-def pictures_of(problem: Problem) -> tuple[str, ...]:
-    """Paths of a problem's own pictures and of those that it publishes for a view (meta.published)."""
-    published = (path for entry in problem.meta.get("published", {}).values() for path in as_tuple(entry.get("image")))
-    return tuple(dict.fromkeys((*problem.pictures, *published)))
-
-
 def _look_at(problems: Sequence[Problem], desc: str) -> tuple[list[Seen], list[list[int]]]:
     """The different pictures of some problems, and for each picture the places of the problems that show it."""
     shown: dict[Path, list[int]] = {}
     for place, problem in enumerate(problems):
-        for name in pictures_of(problem):
+        for name in every_picture(problem):
             shown.setdefault(problem.root / name, []).append(place)
     seen = []
     for file, places in tqdm(shown.items(), desc=desc, unit="picture", delay=2, disable=None, file=sys.stderr):
@@ -344,18 +349,11 @@ def without_overlap(problems: Sequence[Problem], against: Sequence[Sequence[Prob
     return [problem for place, problem in enumerate(problems) if place not in found], [found[place] for place in sorted(found)]
 
 
-def check_beside(option: str, out: Path, file: Path) -> None:
-    """ProblemError unless `out` is another .jsonl in the folder of `file`: its pictures are named relative to that folder."""
-    if out.parent.resolve() != file.parent.resolve():
-        raise ProblemError(f"{option} {out}: must lie in {file.parent}, because pictures are named relative to that folder")
-    if out.suffix != ".jsonl" or out.resolve() == file.resolve():
-        raise ProblemError(f"{option} {out}: must be a .jsonl file of its own")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m data_prep.overlap", description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, metavar="TRAIN.jsonl")
-    parser.add_argument("--against", type=Path, nargs="+", required=True, metavar="EVAL.jsonl")
+    parser.add_argument("--against", type=Path, nargs="+", required=True, metavar="EVAL.jsonl",
+                        help="what evaluation asks: data/<task>/test.jsonl of every task that counts")
     parser.add_argument("--distance", type=int, default=DISTANCE, help="of hashes, in bits of 64 (default: %(default)s)")
     parser.add_argument("--question", type=float, default=QUESTION, help="share of word triples in common (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="KEPT.jsonl", help="write the other problems; in the folder of TRAIN.jsonl")

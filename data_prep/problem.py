@@ -248,9 +248,9 @@ def partners(problems: Sequence[Problem]) -> list[Problem | None]:
     """For each problem another one of the same source with other pictures, for `shuffled`, `conflict` and `other_facts`.
 
     Deterministic: problems of a source stand in a ring ordered by a hash of their ids, and each takes the next one that
-    has other pictures: of the next 50 one that shares no picture and has other facts, or at least shares no picture, where
-    there is one. None for a problem without picture, and where the whole source shows the same. Problems with facts and
-    without are partnered among themselves. Linear time.
+    has other pictures: of the next 50 the first that shares no picture, has other facts and is of another group, or that
+    lacks as little of this as there is. None for a problem without picture, and where the whole source shows the same.
+    Problems with facts and without are partnered among themselves. Linear time.
     """
     rings: dict[tuple, list[int]] = {}
     for index, problem in enumerate(problems):
@@ -273,14 +273,19 @@ def partners(problems: Sequence[Problem]) -> list[Problem | None]:
 
 
 def _partner(members: list[Problem], pictures: list[frozenset], place: int, first: int) -> Problem:
-    count, facts, apart = len(members), members[place].facts, None
+    count, own = len(members), members[place]
+    best, most = members[(place + first) % count], -1
     for offset in range(first, min(first + 50, count)):
         there = (place + offset) % count
         if pictures[there].isdisjoint(pictures[place]):
-            if facts is None or members[there].facts != facts:
-                return members[there]
-            apart = apart or members[there]
-    return apart or members[(place + first) % count]
+            other = members[there]
+            # A group may hold one drawing in several pictures (MathVerse); to borrow that would change next to nothing.
+            fit = 2 * (own.facts is None or other.facts != own.facts) + (other.group != own.group)
+            if fit == 3:
+                return other
+            if fit > most:
+                best, most = other, fit
+    return best
 
 
 def summary(problems: Sequence[Problem]) -> Table:

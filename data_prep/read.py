@@ -16,8 +16,8 @@ from data_prep.images import MAX_PIXELS, ProblemError, header_size, load, pictur
 from data_prep.rows import ANSWER_WITH, FIELDS, LETTERS, MARKER, Problem, as_tuple, check_row, named, one_or_several
 
 __all__ = [
-    "ANSWER_WITH", "FIELDS", "LETTERS", "MARKER", "BadRows", "Problem", "as_tuple", "check_row", "dump", "json_lines",
-    "named", "one_or_several", "parse_json", "read_problems", "replacing", "side_file", "write_problems",
+    "ANSWER_WITH", "FIELDS", "LETTERS", "MARKER", "BadRows", "Problem", "as_tuple", "check_beside", "check_row", "dump",
+    "json_lines", "named", "one_or_several", "parse_json", "read_problems", "replacing", "side_file", "write_problems",
 ]  # fmt: skip
 
 VERIFY: dict[str, Callable | None] = {"full": load, "header": header_size, "none": None}
@@ -198,6 +198,14 @@ def write_problems(path: str | Path, problems: Iterable[Problem]) -> None:
                 raise ProblemError(f"{path}:{number}: {error}") from error
             seen[row["id"]] = number
             file.write(dump(row))
+
+
+def check_beside(option: str, out: Path, file: Path) -> None:
+    """ProblemError unless `out` is another .jsonl in the folder of `file`: its pictures are named relative to that folder."""
+    if out.parent.resolve() != file.parent.resolve():
+        raise ProblemError(f"{option} {out}: must lie in {file.parent}, because pictures are named relative to that folder")
+    if out.suffix != ".jsonl" or out.resolve() == file.resolve():
+        raise ProblemError(f"{option} {out}: must be a .jsonl file of its own")
 
 
 def dump(row: dict) -> bytes:

@@ -32,7 +32,8 @@ class Run:
     folder: Path
     info: dict
     rows: dict[tuple[str, str], dict[str, dict]]
-    left_out: dict[str, tuple[int, str]] = field(default_factory=dict)  # task -> items some view lacks, and that view
+    # task -> {"n": items that some view lacks, "views": {view: how many of them it lacks}}
+    left_out: dict[str, dict] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,10 @@ def _check_alike(a: Run, b: Run) -> None:
         first, second = (_items(run, task) for run in (a, b))
         if first.keys() != second.keys():
             odd = sorted(first.keys() ^ second.keys())[0]
+            left = "; items that a view cannot show were left out, so evaluate both in the same views" \
+                if task in a.left_out or task in b.left_out else ""
             raise AnswersError(f"the items of task '{task}' do not pair up: {len(first)} in {a.folder}, "
-                               f"{len(second)} in {b.folder}, and '{odd}' is in one of them only")
+                               f"{len(second)} in {b.folder}, and '{odd}' is in one of them only{left}")
         for name, row in first.items():
             for field in ("gold", "choices", "group"):
                 if row.get(field) != second[name].get(field):
@@ -187,7 +190,8 @@ def _pair_views(run: Run) -> None:
                                "view; complete the evaluation" + ("" if shared else ", or ask for fewer views"))
         for one, items in views.items():
             run.rows[task, one] = {name: row for name, row in items.items() if name in shared}
-        run.left_out[task] = (len(known) - len(shared), view)
+        lacking = {one: len(known) - len(items) for one, items in views.items() if len(items) < len(known)}
+        run.left_out[task] = {"n": len(known) - len(shared), "views": lacking}
 
 
 def _check(row, place: str) -> None:

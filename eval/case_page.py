@@ -14,8 +14,9 @@ from rich.table import Table
 
 from data_prep import libraries
 from eval import plots
-from eval.gap import points
-from eval.report import TEMPLATES
+from eval.gap import left_out_words, points
+from eval.reliance import EPSILON
+from eval.report import TEMPLATES, settings_words
 
 
 class Text(NamedTuple):
@@ -127,9 +128,8 @@ SECTIONS = {
     "What is followed when they contradict?": ("text_preference", "follows_text", "follows_image", "follows_neither"),
 }
 VIEWS = {"both": "picture and facts", "text": "facts, no picture", "vision": "picture", "blind": "no picture",
-         "white": "white picture", "black": "black picture", "gray": "gray picture", "noise": "noise",
-         "shuffled": "another item's picture",
-         "conflict": "picture, other facts", "other_facts": "other facts, no picture", "rendered": "question in the picture"}
+         "white": "white picture", "black": "black picture", "gray": "gray picture", "noise": "random pixels",
+         "shuffled": "another item's picture", "conflict": "picture, other facts", "other_facts": "other facts, no picture", "rendered": "question in the picture"}
 HEADLINE = {
     ("accuracy", "both"): "accuracy, both", ("accuracy", "vision"): "accuracy, vision",
     ("accuracy", "rendered"): "accuracy, rendered", ("accuracy", "text"): "accuracy, text",
@@ -164,7 +164,7 @@ def cell(one: Mapping | None, scale: int, *, sign: bool = False, n: int | None =
         return "undefined", "", "; ".join([one["note"], *remarks])
     if math.isnan(one["low"]):
         return number(one["value"]), "", "; ".join([one["note"], *remarks])
-    if one["low"] == one["high"]:
+    if one["high"] - one["low"] < EPSILON:
         remarks.insert(0, "no spread")
     return number(one["value"]), f"[{number(one['low'])}, {number(one['high'])}]", "; ".join(remarks)
 
@@ -177,9 +177,13 @@ def rows_of(found: Mapping, keys: Iterable[tuple[str, str]]) -> list[dict]:
         if any(values):
             scale, n = scale_of(name, variant), next(iter(found["models"].values()))["n"]
             moved = [one.get(name, {}).get(variant) for one in found["changes"].values()]
-            rows.append({"label": HEADLINE.get((name, variant), ""), "variant": variant,
+            rows.append({"label": HEADLINE.get((name, variant), ""), "variant": in_words(variant),
                          "cells": [cell(one, scale, n=n) for one in values] + [cell(one, scale, sign=True) for one in moved]})
     return rows
+
+
+def in_words(variant: str) -> str:
+    return "log-probability" if variant == "log_probability" else variant
 
 
 def variants_of(found: Mapping, name: str) -> list[tuple[str, str]]:
@@ -193,14 +197,20 @@ def header_of(found: Mapping) -> list[str]:
 
 
 def absences(found: Mapping) -> list[tuple[str, list[str]]]:
-    """Why something cannot be given, and what: one line per reason and model, or per reason where it holds for all."""
-    reasons: dict[str, dict[str, list[str]]] = {}
+    """Why something cannot be given, and what: the measures of each reason, with the models where it is not so for all."""
+    reasons: dict[str, dict[tuple[str, str], list[str]]] = {}
     for name, model in found["models"].items():
         for one in model["missing"]:
-            title = f"{TEXTS[one['measure']].title} ({one['variant']})"
-            reasons.setdefault(one["reason"], {}).setdefault(title, []).append(name)
-    return [(reason, [title if len(names) == len(found["models"]) else f"{title} of {', '.join(names)}"
-                      for title, names in what.items()]) for reason, what in reasons.items()]
+            reasons.setdefault(one["reason"], {}).setdefault((one["measure"], one["variant"]), []).append(name)
+    lines = []
+    for reason, what in reasons.items():
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for (measure, variant), names in what.items():
+            alike.setdefault((measure, *names), []).append(in_words(variant))
+        lines.append((reason, [f"{TEXTS[measure].title} ({', '.join(variants)})"
+                               + (f" of {', '.join(names)}" if len(names) < len(found["models"]) else "")
+                               for (measure, *names), variants in alike.items()]))
+    return lines
 
 
 def terminal(result: Mapping) -> None:
@@ -208,16 +218,20 @@ def terminal(result: Mapping) -> None:
     console = libraries.console()
     for task, found in result["tasks"].items():
         first = next(iter(found["models"].values()))
-        table = Table("points, 95 % interval", box=SIMPLE_HEAD, title=escape(
-            f"{task}: {first['n']} items in {first['n_groups']} groups, chance {points(first['chance'])}"))
+        table = Table("95 % intervals", box=SIMPLE_HEAD, title=escape(
+            f"{task}: {first['n']} items in {first['n_groups']} groups, chance {points(first['chance'])}; shares in points"))
         for name in header_of(found):
             table.add_column(escape(name), justify="right")
         for row in rows_of(found, HEADLINE):
             table.add_row(escape(row["label"]), *(escape(" ".join(filter(None, (value, interval or (remark and "(see page)")))))
                                                   for value, interval, remark in row["cells"]))
         console.print(table)
+        if first["left_out"]:
+            console.print(escape(f"{left_out_words(first['left_out'])} and are left out of all numbers"), soft_wrap=True)
         for reason, titles in absences(found):
             console.print(escape(f"{len(titles)} measures are not given because {reason}; the page names them"), soft_wrap=True)
+    if result["only_in_some"]:
+        console.print(escape(f"tasks that not every model was asked: {', '.join(result['only_in_some'])}"), soft_wrap=True)
 
 
 def main_figure(result: Mapping) -> str:
@@ -225,7 +239,7 @@ def main_figure(result: Mapping) -> str:
     panels = []
     for task, found in result["tasks"].items():
         chance = next(iter(found["models"].values()))["chance"]
-        series = {name: {_view(view): _point(one) for view, one in _ordered(model["views"])}
+        series = {name: {_view(view): _point(one) for view, one in model["views"].items()}
                   for name, model in found["models"].items()}
         text = f"{task}: accuracy in per cent, 95 % interval (dashed: chance {points(chance)})"
         panels.append(plots.Panel(text, series, 100, chance, (0, 102)))
@@ -257,7 +271,7 @@ def figures(task: str, found: Mapping, prefix: str) -> dict[str, str]:
 
 def kind_figure(task: str, found: Mapping, prefix: str) -> str:
     """The picture's utility per kind of question, against the first way of taking it away that was measured; "" for one kind."""
-    keys = [key for key in KIND_COLUMNS if key[0] == "utility_image" and variants_of(found, "utility_image").count(key)]
+    keys = [key for key in KIND_COLUMNS if key[0] == "utility_image" and key in variants_of(found, "utility_image")]
     if not keys or max(len(model["kinds"]) for model in found["models"].values()) < 2:
         return ""
     name, variant = keys[0]
@@ -280,10 +294,6 @@ def _panel(found: Mapping, name: str, text: str, *, scale: float = 100, line: fl
     return plots.Panel(text, series, scale, line, limits)
 
 
-def _ordered(views: Mapping) -> list[tuple[str, Mapping]]:
-    return sorted(views.items(), key=lambda item: list(VIEWS).index(item[0]) if item[0] in VIEWS else len(VIEWS))
-
-
 def _view(view: str) -> str:
     return f"{view}: {VIEWS[view]}" if view in VIEWS else view
 
@@ -302,15 +312,17 @@ def build(result: Mapping) -> str:
         for title, names in SECTIONS.items():
             blocks = [(TEXTS[name], rows_of(found, variants_of(found, name))) for name in names]
             sections.append({"title": title, "figure": drawn.get(title, ""), "blocks": [one for one in blocks if one[1]]})
+        columns = [key for key in KIND_COLUMNS if key in variants_of(found, key[0])]
         kinds = [(kind, model, part["n"], [cell(part["measures"].get(name, {}).get(variant), scale_of(name, variant), n=part["n"])
-                                           for name, variant in KIND_COLUMNS])
+                                           for name, variant in columns])
                  for kind in first["kinds"] for model, one in found["models"].items() if (part := one["kinds"].get(kind))]
         tasks.append({
             "name": task, "n": first["n"], "groups": first["n_groups"], "chance": points(first["chance"]),
+            "left_out": left_out_words(first["left_out"]) if first["left_out"] else "",
             "majority": points(first["majority"]), "header": header_of(found), "models": len(found["models"]),
             "headline": rows_of(found, HEADLINE), "sections": sections, "absent": absences(found),
             "kinds": kinds, "kind_figure": kind_figure(task, found, f"t{number}k"),
-            "kind_header": [HEADLINE[key] for key in KIND_COLUMNS],
+            "kind_header": [HEADLINE[key] for key in columns],
             "unparsed": [(name, points(max(view["unparsed"] for view in model["views"].values())))
                          for name, model in found["models"].items()],
             "warnings": [(name, model["warnings"]) for name, model in found["models"].items() if model["warnings"]]})
@@ -318,6 +330,7 @@ def build(result: Mapping) -> str:
                                      lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     origin = {key: result[key] for key in ("commit", "dirty", "packages", "python", "bootstrap_seed", "models")}
     return environment.get_template("case_study.html").render(
-        tasks=tasks, names=[one["name"] for one in result["models"]], settings=result["settings"], not_given=NOT_GIVEN,
+        tasks=tasks, names=[one["name"] for one in result["models"]], settings=settings_words(result["settings"]),
+        not_given=NOT_GIVEN, only_in_some=result["only_in_some"],
         origin=json.dumps({**origin, "tasks": {task: found["data"] for task, found in result["tasks"].items()}}, indent=1,
                           sort_keys=True, ensure_ascii=False))

@@ -28,7 +28,7 @@ from data_prep.problem import View
 from data_prep.provenance import parents, write_json
 from eval import case_page, gap, reliance, stats
 from eval import run as eval_run
-from eval.answers import AnswersError, Side, check_pair, read_side
+from eval.answers import SETTINGS, AnswersError, Side, check_pair, read_side
 from eval.reliance import Measure
 from eval.report import parse_runs
 
@@ -192,19 +192,19 @@ def _shapley_soft(answers: Answers, part: str) -> Measure:
     worth = [np.take_along_axis(answers.log_probabilities[view], gold, axis=2)[..., 0] for view in FOUR]
     # an item without scores adds 0 to every coalition; the share is not moved by it, and the means are taken among the others
     found = reliance.shapley(*(np.where(kept, one, 0.0) for one in worth), part)
-    return found if part == "share" or kept.all() else reliance.mean_of(found.columns[0], kept)
+    return replace(found, n=float(kept.sum())) if part == "share" else reliance.mean_of(found.columns[0], kept)
 
 
 def measure(side: Side, task: str, *, seed: int = 0) -> dict:
     """All numbers of one model on one task, as plain values.
 
-    Keys: n, n_groups, n_seeds, chance, majority, views and warnings (as in gap.measure), measures {name: {variant: value, low,
-    high, n, note, ...}}, missing, kinds {kind: n, n_groups, chance, measures}.
+    Keys: n, n_groups, n_seeds, left_out, chance, views and warnings (as in gap.measure), majority, measures {name: {variant:
+    value, low, high, n, note, ...}}, missing, kinds {kind: n, n_groups, chance, measures}.
     """
     answers = Answers.of(side, task)
     known = gap.measure(side, task, seed=seed)
     found, missing = measures(answers)
-    result = {**{key: known[key] for key in ("n", "n_groups", "n_seeds", "chance", "views", "warnings")},
+    result = {**{key: known.get(key) for key in ("n", "n_groups", "n_seeds", "left_out", "chance", "views", "warnings")},
               "majority": reliance.majority(answers.gold, answers.choices), "missing": missing,
               "measures": _estimates(found, answers, seed), "kinds": {}}
     for kind in sorted({str(one) for one in answers.kinds if one is not None}):
@@ -241,6 +241,7 @@ def change(before: Side, after: Side, task: str, *, seed: int = 0) -> dict[str, 
 def compare(sides: Sequence[Side], *, seed: int = 0) -> dict:
     """The content of case_study.json. Raises AnswersError when the models were not measured alike on the same items."""
     shared = {side.name: check_pair(sides[0], side) for side in sides}
+    partly = sorted(set.union(*(set(side.tasks()) for side in sides)) - set.intersection(*map(set, shared.values())))
     jobs = [(task, side) for task in sides[0].tasks() for side in sides if task in shared[side.name]]
     tasks: dict = {task: {"data": sides[0].runs[0].info["tasks"][task], "models": {}, "changes": {}} for task in sides[0].tasks()}
     for task, side in tqdm(jobs, desc="measuring", unit="model", mininterval=2):
@@ -249,7 +250,7 @@ def compare(sides: Sequence[Side], *, seed: int = 0) -> dict:
             tasks[task]["changes"][side.name] = change(sides[0], side, task, seed=seed)
     info = sides[0].runs[0].info
     return {**parents(), "bootstrap_seed": seed, "level": stats.LEVEL, "models": [gap.provenance(side) for side in sides],
-            "settings": {key: info[key] for key in ("parser", "mode", "max_new_tokens", "pixels")}, "tasks": tasks}
+            "settings": {key: info[key] for key in SETTINGS}, "only_in_some": partly, "tasks": tasks}
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:

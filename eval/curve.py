@@ -11,7 +11,6 @@ block `<!-- generated: curve results/demo -->` of a document is then filled by e
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -161,11 +160,12 @@ def slopes(steps: Sequence[int], gaps: Sequence[np.ndarray]) -> np.ndarray:
 def block(found: Mapping) -> list[str]:
     """The README's table of a curve and the sentences below it."""
     rows, moves = [], {}
+    found = gap.numbers(found)
     for recipe in found["recipes"]:
         first, last = recipe["points"][0], recipe["points"][-1]
-        rows.append((f"`{recipe['name']}`", _within(first["gap"], "gap"),
-                     f"{_within(last['gap'], 'gap')} (step {last['step']})", _within(last["change"], "change"),
-                     _within(recipe["slope"], "value")))
+        rows.append((f"`{recipe['name']}`", gap.within(first["gap"], "gap", True),
+                     f"{gap.within(last['gap'], 'gap', True)} (step {last['step']})",
+                     gap.within(last["change"], "change", True), gap.within(recipe["slope"], sign=True)))
         moves.setdefault(_moved(last["change"]), []).append(f"`{recipe['name']}`")
     said = "; ".join(f"{word} under {', '.join(names)}" for word, names in moves.items())
     steps = sorted({point["step"] for recipe in found["recipes"] for point in recipe["points"]})
@@ -183,17 +183,7 @@ def block(found: Mapping) -> list[str]:
 
 
 def _moved(change: Mapping) -> str:
-    low, high = _number(change["low"]), _number(change["high"])
-    return "opens" if low > 0 else "closes" if high < 0 else "does not change measurably"
-
-
-def _within(one: Mapping, key: str) -> str:
-    return gap.within([_number(one[part]) for part in (key, "low", "high")], sign=True)
-
-
-def _number(value: float | None) -> float:
-    """null stands for an undefined number."""
-    return math.nan if value is None else value
+    return "opens" if change["low"] > 0 else "closes" if change["high"] < 0 else "does not change measurably"
 
 
 def figure(found: Mapping) -> str:
@@ -207,11 +197,11 @@ def stamp(found: Mapping) -> str:
 
 def _drawn(found: Mapping) -> dict[str, list[dict]]:
     def point(one: Mapping, key: str) -> tuple[float, ...]:
-        return tuple(_number(one[part]) for part in (key, "low", "high"))
+        return tuple(one[part] for part in (key, "low", "high"))
 
     return {recipe["name"]: [{"step": one["step"], "gap": point(one["gap"], "gap"),
                               **{view: point(one["views"][view], "value") for view in ("both", "vision")}}
-                             for one in recipe["points"]] for recipe in found["recipes"]}
+                             for one in recipe["points"]] for recipe in gap.numbers(found)["recipes"]}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -21,7 +21,9 @@ from eval import stats
 from eval.answers import SETTINGS, AnswersError, Side, check_pair, read_side, sides_of
 
 MARGIN = 0.02  # how much `text` or `both` may fall while the gap still counts as closed well
-DIFFERENCES = {"gap": ("both", "vision"), "text_gap": ("text", "vision"), "image_gain": ("vision", "blind")}
+DIFFERENCES = {"gap": ("both", "vision"), "text_gap": ("text", "vision"), "image_gain": ("vision", "blind"),
+               "rendered_gap": ("vision", "rendered")}
+IF_ASKED = {"rendered_gap"}  # nothing is missing where the view of it was not asked
 REPLACED = ("blind", "white", "black", "gray", "noise", "shuffled")  # views that flip rates are taken against
 AT_CHANCE = ("blind", "white", "black", "gray", "noise", "shuffled", "conflict", "other_facts")  # where chance is no warning
 FOUR = ("blind", "vision", "text", "both")  # the coalitions of the two-player game: none, image, text, both
@@ -30,8 +32,9 @@ FOUR = ("blind", "vision", "text", "both")  # the coalitions of the two-player g
 def measure(side: Side, task: str, *, seed: int = 0) -> dict:
     """All numbers of one side on one task, as plain JSON values.
 
-    Keys: n, n_groups, n_seeds, chance, views (accuracy, unparsed, truncated, answer_tokens), gap, text_gap, image_gain,
-    flips (per replaced view), agreement (text against vision), shapley, missing (what cannot be given), warnings.
+    Keys: n, n_groups, n_seeds, chance, views (accuracy, unparsed, truncated, answer_tokens), those of DIFFERENCES, flips
+    (per replaced view), agreement (text against vision), shapley, missing (what cannot be given), warnings, and left_out
+    (n, and per view how many of them it lacks) where some items cannot be shown in every view.
     """
     clusters, views = side.clusters(task), side.views(task)
     correct = {view: side.correct(task, view) for view in views}
@@ -41,6 +44,8 @@ def measure(side: Side, task: str, *, seed: int = 0) -> dict:
         "n": len(clusters), "n_groups": len(set(clusters)), "n_seeds": len(side.runs),
         "chance": stats.chance_level(side.n_choices(task)), "views": {}, "flips": {}, "missing": [],
     }
+    if task in side.runs[0].left_out:
+        result["left_out"] = side.runs[0].left_out[task]
     for view in views:
         result["views"][view] = {
             **asdict(stats.accuracy(correct[view], clusters=clusters)),
@@ -49,7 +54,7 @@ def measure(side: Side, task: str, *, seed: int = 0) -> dict:
             "seeds": asdict(stats.seed_spread(correct[view].mean(axis=1))),
         }
     for name, (first, second) in DIFFERENCES.items():
-        if _lacks(result, name, views, (first, second)):
+        if name in IF_ASKED and second not in views or _lacks(result, name, views, (first, second)):
             continue
         per_seed = (correct[first] - correct[second]).mean(axis=1)
         result[name] = {**asdict(stats.paired_gap(correct[first], correct[second], **options)),
@@ -72,8 +77,8 @@ def measure(side: Side, task: str, *, seed: int = 0) -> dict:
 def change(before: Side, after: Side, task: str, *, seed: int = 0, margin: float = MARGIN) -> dict:
     """after - before of everything `measure` gives, paired by item and seed.
 
-    Keys: views (change, interval, mcnemar_p), gap and text_gap and image_gain (change, interval, closure, and
-    d_<view> of the two views), flips, shapley, verdict. Call check_pair on the sides first.
+    Keys: views (change, interval, mcnemar_p), those of DIFFERENCES (change, interval, closure, and d_<view> of the two
+    views), flips, shapley, verdict. Call check_pair on the sides first.
     """
     clusters = before.clusters(task)
     options = {"clusters": clusters, "seed": seed}
@@ -160,8 +165,8 @@ def table(runs: Mapping[str, Side | Sequence[str | Path] | str], *, seed: int = 
     """One row per run and task, for reports and the README.
 
     runs: name -> Side, or the folder(s) of it. Row keys: run, task, n, n_groups, n_seeds, chance, views {view:
-    (value, low, high)}, gap, text_gap, image_gain (each (value, low, high), or None when a view is missing), unparsed
-    (largest share of any view). Raises AnswersError.
+    (value, low, high)}, those of DIFFERENCES (each (value, low, high), or None when a view is missing; rendered_gap only
+    where it was asked), unparsed (largest share of any view). Raises AnswersError.
     """
     rows = []
     for side in sides_of(dict(runs)):
@@ -176,7 +181,7 @@ def table_row(name: str, task: str, found: Mapping) -> dict:
         "run": name, "task": task, **{key: found[key] for key in ("n", "n_groups", "n_seeds", "chance")},
         "views": {view: (one["value"], one["low"], one["high"]) for view, one in found["views"].items()},
         **{key: tuple(found[key][part] for part in ("gap", "low", "high")) if key in found else None
-           for key in DIFFERENCES},
+           for key in DIFFERENCES if key in found or key not in IF_ASKED},
         "unparsed": max(one["unparsed"] for one in found["views"].values()),
     }
 
@@ -240,8 +245,7 @@ def _warnings(side: Side, task: str, result: dict) -> list[str]:
     for run in side.runs:
         expected = run.info["tasks"][task].get("n")
         if task in run.left_out:
-            count, view = run.left_out[task]
-            found.append(f"{count} items cannot be shown in every view ({view}) and are left out of all numbers")
+            found.append(f"{left_out_words(run.left_out[task])} and are left out of all numbers")
         elif expected is not None and expected != result["n"]:
             found.append(f"{run.folder.name} holds {result['n']} of {expected} items")
         if run.info.get("dirty"):
@@ -251,6 +255,12 @@ def _warnings(side: Side, task: str, result: dict) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def left_out_words(left_out: Mapping) -> str:
+    """{"n": 3, "views": {"shuffled": 2, "text": 1}} -> "3 items cannot be shown in every view (2 not in shuffled, ...)"."""
+    views = ", ".join(f"{count} not in {view}" for view, count in left_out["views"].items())
+    return f"{left_out['n']} items cannot be shown in every view ({views})"
+
+
 def plain(value):
     """The same with nan as None, so that the JSON can be read by anything."""
     if isinstance(value, dict):
@@ -258,6 +268,15 @@ def plain(value):
     if isinstance(value, (list, tuple)):
         return [plain(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def numbers(value):
+    """What `plain` wrote, with nan where it wrote None."""
+    if isinstance(value, dict):
+        return {key: numbers(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [numbers(one) for one in value]
+    return math.nan if value is None else value
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,12 +30,12 @@ from eval import curve, gap, plots, stats
 from eval.answers import SETTINGS, AnswersError, Side, check_pair
 from eval.parents import parents, rounded
 from eval.report import CONTROL, pairs_of, parse_runs
-from eval.show import table_lines
+from eval.show import TITLES, table_lines
 
 DOCUMENTS = ("README.md", "recipes/README.md")
 BLOCK = re.compile(r"(?<=<!-- generated: )(?P<what>[^\n]+?) -->\n(?P<body>.*?)(?=<!-- end -->)", re.S)
 VIEWS = ("both", "text", "vision", "blind")
-KEPT = ("n", "n_groups", "n_seeds", "chance", "views", *gap.DIFFERENCES, "shapley", "warnings")
+KEPT = ("n", "n_groups", "n_seeds", "left_out", "chance", "views", *gap.DIFFERENCES, "shapley", "warnings")
 CHANGES = ("views", *gap.DIFFERENCES, "verdict")
 TITLE = "Accuracy per view; the bar is the gap, both - vision"
 
@@ -93,14 +92,15 @@ def _bar(things: Sequence, name: str) -> tqdm:
 def results_block(summary: Mapping, task: str) -> list[str]:
     """The README's table of one task and the sentence below it."""
     rows, control = _rows(summary, task), _control(summary)
+    differences = [key for key in gap.DIFFERENCES if any(row.get(key) for row in rows)]
     cells = []
     for row in rows:
         change = _change(summary, task, row["run"]) or {}
         cells.append((f"`{row['run']}`",
                       *(gap.points(row["views"][view][0]) if view in row["views"] else "-" for view in VIEWS),
-                      *(gap.within(row[key], sign=True) for key in gap.DIFFERENCES),
+                      *(gap.within(row.get(key), sign=True) for key in differences),
                       gap.within(change.get("gap"), "change", True), gap.closed(change.get("gap")).removesuffix(" %")))
-    header = ("run", *VIEWS, "gap (both - vision)", "text - vision", "image gain (vision - blind)",
+    header = ("run", *VIEWS, *(TITLES[key] for key in differences),
               f"change of the gap against `{control}`", "closed %")
     return [*table_lines(header, cells), "", _sentence(summary, task, rows)]
 
@@ -116,7 +116,7 @@ def _change(summary: Mapping, task: str, run: str) -> dict | None:
     """What changed from the control to the run; None for the control, and for a base that comes before it."""
     pair = _control(summary), run
     one = next((one for one in summary["tasks"][task]["changes"] if (one["before"], one["after"]) == pair), None)
-    return _nan(one) if one is not None and "gap" in one else None
+    return gap.numbers(one) if one is not None and "gap" in one else None
 
 
 def _best(summary: Mapping) -> tuple[str | None, int]:
@@ -133,6 +133,8 @@ def _sentence(summary: Mapping, task: str, rows: Sequence[Mapping]) -> str:
     last = rows[-1]
     size = (f"{last['n']:,} items in {last['n_groups']:,} groups (task `{task}`, chance {gap.points(last['chance'])}); "
             "accuracies and differences in points, with 95 % intervals paired by item and clustered by group.")
+    if left_out := summary["tasks"][task]["runs"][last["run"]].get("left_out"):
+        size += f" Left out of all numbers: {gap.left_out_words(left_out)}."
     if summary["dirty"]:
         size += " Made from a working tree with uncommitted changes."
     before, (after, many) = _control(summary), _best(summary)
@@ -169,28 +171,37 @@ def _rows(summary: Mapping, task: str) -> list[dict]:
     if task not in summary["tasks"]:
         raise ReadmeError(f"the summary holds no task {task}; it holds {', '.join(summary['tasks'])}")
     names = [run["name"] for run in summary["runs"]]
-    return [gap.table_row(name, task, _nan(summary["tasks"][task]["runs"][name])) for name in names]
-
-
-def _nan(value):
-    """The same with None as nan, which is what eval.gap wrote it for."""
-    if isinstance(value, dict):
-        return {key: _nan(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_nan(one) for one in value]
-    return math.nan if value is None else value
+    return [gap.table_row(name, task, gap.numbers(summary["tasks"][task]["runs"][name])) for name in names]
 
 
 def recipes_block(root: Path) -> list[str]:
     """The table of recipes/README.md: one row per recipe, found by a glob, in the words of its header."""
-    rows = []
+    rows, named = [], {}
     for path in recipe_files(root):
+        named.setdefault(header(path).get("Result"), set()).add(name_of(path))
         base, keys = differences(path)
         head, place = header(path), path.relative_to(root / "recipes").as_posix()
         differs = f"`{base}` in {', '.join(f'`{key}`' for key in keys)}" if base else "-"
         rows.append((f"[{place.removesuffix('.yaml')}]({place})", head.get("Idea", "-"), differs,
                      _result(root, path, head.get("Result", "-"))))
+    for text, names in named.items():
+        _check_recipes(root, text or "", names)
     return table_lines(("recipe", "idea", "differs from", "result"), rows)
+
+
+def _check_recipes(root: Path, text: str, names: set[str]) -> None:
+    """Raise ReadmeError when a summary holds a run of a recipe that none of those naming it is: its row would be lost."""
+    if not text.endswith("summary.json") or not (root / text).is_file():
+        return
+    for run in _read(root / text)["runs"]:
+        if (recipe := run["seeds"][0]["recipe"]) not in (None, *names):
+            raise ReadmeError(f"{text}: the run {run['name']} is of the recipe {recipe}, but no recipe with this result is "
+                              f"called that; there are {', '.join(sorted(names))}")
+
+
+def name_of(recipe: Path) -> str:
+    """The recipe's name, which its runs record."""
+    return yaml.safe_load(recipe.read_text(encoding="utf-8"))["name"]
 
 
 def recipe_files(root: Path) -> list[Path]:
@@ -233,14 +244,21 @@ def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 def _result(root: Path, recipe: Path, text: str) -> str:
     """The recipe's gap, its change against the control and a link, where its header names a summary; "none yet" while
-    that holds no run of the recipe's name. Else the header's words."""
+    that holds no run of the recipe. Else the header's words.
+
+    Runs are found by the recipe that their training recorded, so a run may be called otherwise.
+    """
     path = root / text
     if path.name != "summary.json" or not path.is_file():
         return text
-    summary, name = _read(path), yaml.safe_load(recipe.read_text(encoding="utf-8"))["name"]
-    row = next((row for row in _rows(summary, summary["headline"]) if row["run"] == name), None)
-    if row is None:
+    summary, recipe_name = _read(path), name_of(recipe)
+    runs = [run["name"] for run in summary["runs"] if run["seeds"][0]["recipe"] == recipe_name]
+    if not runs:
         return "none yet"
+    name = recipe_name if recipe_name in runs else runs[0]
+    if len(runs) > 1 and name != recipe_name:
+        raise ReadmeError(f"{text}: the runs {', '.join(runs)} are all of the recipe {recipe_name}; call one of them that")
+    row = next(row for row in _rows(summary, summary["headline"]) if row["run"] == name)
     change = _change(summary, summary["headline"], name)
     against = f"; against `{_control(summary)}` {gap.within(change['gap'], 'change', True)}" if change else ""
     return f"gap {gap.within(row['gap'], sign=True)}{against} ([numbers](../{text}))"

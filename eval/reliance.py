@@ -62,13 +62,10 @@ def difference(before: Measure, after: Measure, clusters: Sequence | None = None
 
 
 def _interval(measure: Measure, clusters: Sequence | None, seed: int) -> stats.Mean:
-    n = len(measure.columns[0])
-    if not n or clusters is not None and len(clusters) != n:
-        raise stats.StatsError(f"{len(clusters)} cluster names for {n} items" if n else "no items")
-    # Numbered as they appear, as in eval.stats, so that the names of groups do not matter.
-    numbers: dict = {}
-    codes = np.array([numbers.setdefault(one, len(numbers)) for one in (range(n) if clusters is None else clusters)])
-    value, counted, groups = measure.value(), round(measure.n), len(numbers)
+    if not len(measure.columns[0]):
+        raise stats.StatsError("no items")
+    codes, groups = stats.cluster_codes(clusters, len(measure.columns[0]))
+    value, counted = measure.value(), round(measure.n)
     if not np.isfinite(value):
         return stats.Mean(stats.NAN, stats.NAN, stats.NAN, stats.NAN, counted, groups, measure.undefined)
     low, high = stats.bootstrap(measure.function, measure.columns, codes, seed)
@@ -77,7 +74,7 @@ def _interval(measure: Measure, clusters: Sequence | None, seed: int) -> stats.M
         note = "all items are in one group, so there is no interval"
     elif not np.isfinite(low):
         note = f"no interval: in some resamples {measure.undefined}"
-    elif low == high:
+    elif high - low < EPSILON:
         note = "every resample gives the same value, so the interval has no width"
     elif groups < stats.FEW_CLUSTERS:
         note = f"only {groups} groups: the interval is likely too narrow"
@@ -142,7 +139,8 @@ def kappa(places, other, n_choices: Sequence[int | None]) -> Measure:
 
         p_e = sum over k of (share of items with k options) * sum over places j < k of p(j | k) q(j | k)
 
-    with p under the original and q under the ablation. Options are shown permuted per item, in the same order in every
+    with p under the original and q under the ablation; of several seeds each has marginals of its own, and p_e is the mean
+    of theirs, because only answers of one model meet. Options are shown permuted per item, in the same order in every
     view, so a place says nothing about the question and p_e is what habits of place alone would give. Open questions do
     not count. 1: no answer depends on what was taken away; 0: they are alike as two independent answers are.
     """
@@ -152,16 +150,16 @@ def kappa(places, other, n_choices: Sequence[int | None]) -> Measure:
     strata = []
     for k in sorted(set(counts[counts > 0].tolist())):
         inside = counts == k
-        pairs = [(((places == j) & inside).mean(axis=0), ((other == j) & inside).mean(axis=0)) for j in range(k)]
+        pairs = [((p == j) & inside, (q == j) & inside) for p, q in zip(places, other) for j in range(k)]
         pairs = [pair for pair in pairs if pair[0].any() and pair[1].any()]  # the others add nothing, in any resample
         strata.append(len(pairs))
-        columns += [inside.astype(float), *(column for pair in pairs for column in pair)]
+        columns += [inside.astype(float), *(column.astype(float) for pair in pairs for column in pair)]
 
     def corrected(*means):
         expected, at = 0.0, 2
         for pairs in strata:
             inside = means[at + 1:at + 1 + 2 * pairs]
-            met = sum((p * q for p, q in zip(inside[::2], inside[1::2])), 0.0 * means[at])
+            met = sum((p * q for p, q in zip(inside[::2], inside[1::2])), 0.0 * means[at]) / len(places)
             expected = expected + np.where(means[at] > 0, met / means[at], 0.0)
             at += 1 + 2 * pairs
         agreed, expected = means[0] / means[1], expected / means[1]

@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,8 @@ from data_prep.problem import NO_PICTURE, ProblemError, read_problems
 from data_prep.provenance import file_sha256
 from data_prep.read import as_tuple
 from eval import gap, plots, stats
-from eval.answers import AnswersError, Side, check_pair, read_side
+from eval.answers import SETTINGS, AnswersError, Side, check_pair, read_side
+from eval.show import TITLES
 
 CONTROL = "full-text"
 SAMPLE = 24  # items shown per task
@@ -56,15 +57,16 @@ def build(sides: Sequence[Side], *, sample: int = SAMPLE, seed: int = 0) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("report.html").render(
         tasks=tasks, sides=sides, script=script, digest=digest,
-        settings=_settings(sides[0].runs[0].info),
+        settings=settings_words(sides[0].runs[0].info),
         provenance=[(side.name, run.folder.name, json.dumps(run.info, indent=1, sort_keys=True, ensure_ascii=False))
                     for side in sides for run in side.runs])
 
 
-def _settings(info: dict) -> dict[str, str]:
+def settings_words(info: Mapping) -> dict[str, str]:
+    """What every run was measured with, for a page: the SETTINGS of a run.json."""
+    said = {key: str(info[key]).lower() if isinstance(info[key], bool) else str(info[key]) for key in SETTINGS}
     pixels = info["pixels"]
-    bounds = f"{pixels.get('min')} to {pixels.get('max')}" if isinstance(pixels, dict) else str(pixels)
-    return {"parser": info["parser"], "mode": info["mode"], "max_new_tokens": info["max_new_tokens"], "pixels": bounds}
+    return said | ({"pixels": f"{pixels.get('min')} to {pixels.get('max')}"} if isinstance(pixels, dict) else {})
 
 
 def pairs_of(sides: Sequence[Side], control: str | None = CONTROL) -> list[tuple[Side, Side]]:
@@ -75,6 +77,7 @@ def pairs_of(sides: Sequence[Side], control: str | None = CONTROL) -> list[tuple
 
 def _task(task: str, sides: Sequence[Side], pairs, sample: int, seed: int, prefix: str) -> dict:
     found = {side.name: gap.measure(side, task, seed=seed) for side in sides}
+    differences = [key for key in gap.DIFFERENCES if key not in gap.IF_ASKED or any(key in one for one in found.values())]
     rows = [gap.table_row(name, task, one) for name, one in found.items()]
     views = list(dict.fromkeys(view for side in sides for view in side.views(task)))
     changes = {f"{after.name} - {before.name}": gap.change(before, after, task, seed=seed)
@@ -83,9 +86,10 @@ def _task(task: str, sides: Sequence[Side], pairs, sample: int, seed: int, prefi
         "name": task, "views": views, "n": rows[0]["n"], "groups": rows[0]["n_groups"], "chance": rows[0]["chance"],
         "accuracy": [(row["run"], row["n_seeds"], [gap.within(row["views"].get(view)) for view in views],
                       gap.points(row["unparsed"])) for row in rows],
-        "gaps": [(name, *(gap.within(one.get(key), "gap", True) for key in gap.DIFFERENCES), _shapley(one))
+        "gaps": [(name, *(gap.within(one.get(key), "gap", True) for key in differences), _shapley(one))
                  for name, one in found.items()],
-        "changes": [_change_row(name, one) for name, one in changes.items()],
+        "differences": [TITLES[key] for key in differences],
+        "changes": [_change_row(name, one, differences) for name, one in changes.items()],
         "warnings": [(name, one["warnings"]) for name, one in found.items() if one["warnings"]],
         "missing": list(dict.fromkeys(text for one in found.values() for text in one["missing"])),
         "figures": _figures(task, sides, rows, changes, views, prefix),
@@ -98,10 +102,10 @@ def _shapley(found: dict) -> str:
     return gap.within(one, "image_share") if one and one["image_share"] is not None else "-"
 
 
-def _change_row(name: str, one: dict) -> dict:
+def _change_row(name: str, one: dict, differences: Sequence[str]) -> dict:
     return {
         "name": name, "verdict": one["verdict"],
-        "cells": [gap.within(one.get(key), "change", True) for key in gap.DIFFERENCES]
+        "cells": [gap.within(one.get(key), "change", True) for key in differences]
         + [gap.within(one["views"].get(view), "change", True) for view in ("both", "text", "vision")]
         + [gap.closed(one.get("gap")).removesuffix(" %")],
         "seeds": [gap.points(value, True) for value in one.get("gap", {}).get("seeds", {}).get("values", ())],
@@ -127,7 +131,8 @@ def _figures(task: str, sides: Sequence[Side], rows: list[dict], changes: dict, 
 
 
 def _moves(one: dict) -> dict[str, plots.Point]:
-    found = {name: one[key] for key, name in (("gap", "gap"), ("image_gain", "image gain")) if key in one}
+    shown = (("gap", "gap"), ("image_gain", "image gain"), ("rendered_gap", "rendered gap"))
+    found = {name: one[key] for key, name in shown if key in one}
     found.update({view: one["views"][view] for view in ("both", "text", "vision", "blind") if view in one["views"]})
     return {name: (part["change"], part["low"], part["high"]) for name, part in found.items()}
 

@@ -37,7 +37,7 @@ from data_prep.problem import (
     render,
     shown_pictures,
 )
-from data_prep.provenance import file_sha256, parents, weights_fingerprint, write_json
+from data_prep.provenance import file_sha256, parents, write_json
 from data_prep.read import one_or_several
 from eval.parse import PARSER_VERSION
 from eval.tasks import TASKS, Task, TaskError, find_task
@@ -123,12 +123,8 @@ def run(args: argparse.Namespace, load: Any) -> None:
                       file=sys.stderr)
     answerer = load()
     settings = {
-        "model": args.model, "model_sha256": _fingerprint(args.model),
-        "revision": getattr(answerer.model.config, "_commit_hash", None) or args.revision,
-        "adapter": args.adapter, "adapter_sha256": _fingerprint(args.adapter),
-        "mode": args.mode, "rationale": args.rationale, "parser": PARSER_VERSION, "max_new_tokens": args.max_new_tokens,
-        "dtype": answerer.dtype,
-        "pixels": answerer.encoder.pixel_bounds, "views": [view.value for view in views],
+        **answerer.identity(), "mode": args.mode, "rationale": args.rationale, "parser": PARSER_VERSION,
+        "max_new_tokens": args.max_new_tokens, "views": [view.value for view in views],
         "tasks": {task.name: {"data": str(file), "root": str(file.parent), "sha256": file_sha256(file), "n": len(problems)}
                   for task, problems, file in tasks}}
     args.out.mkdir(parents=True, exist_ok=True)
@@ -150,10 +146,6 @@ def run(args: argparse.Namespace, load: Any) -> None:
     seconds = info.get("seconds", 0) + time.perf_counter() - started
     write_json(args.out / "run.json", {**info, "seconds": round(seconds, 1), "finished": True})
     print(f"{answers}: {len(asked)} answers, {seconds:.0f} s")
-
-
-def _fingerprint(model: str | None) -> str | None:
-    return weights_fingerprint(model) if model and Path(model).is_dir() else None
 
 
 def _views(text: str) -> list[View]:
@@ -186,12 +178,12 @@ def _open(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
     """run.json of this run. Raises TaskError when --out holds answers given under other settings."""
     path = args.out / "run.json"
     if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = {"rationale": False, **json.loads(path.read_text(encoding="utf-8"))}     # older runs knew no rationale
         if differing := [key for key, value in settings.items() if old.get(key) != value]:
             raise TaskError(f"{args.out} holds answers of another run; it differs in {', '.join(differing)}: give another --out")
         return old
     # Beside the adapter of a finished run, or above a checkpoint of one.
-    beside = [folder / "run.json" for folder in (Path(args.adapter).parent, Path(args.adapter).parent.parent)] if args.adapter else []
+    beside = [folder / "run.json" for folder in list(Path(args.adapter).parents)[:2]] if args.adapter else []
     recipe = next((path for path in beside if path.exists()), None)
     trained = json.loads(recipe.read_text(encoding="utf-8")) if recipe else None
     info = {**settings, **parents(), "label": args.label or args.out.name, "seed": args.seed, "device": _device(),

@@ -14,7 +14,7 @@ from data_prep import libraries
 from eval.gap import DIFFERENCES, closed, points, within
 
 TITLES = {"gap": "gap (both - vision)", "text_gap": "text gap (text - vision)",
-          "image_gain": "image gain (vision - blind)"}
+          "image_gain": "image gain (vision - blind)", "rendered_gap": "rendered gap (vision - rendered)"}
 
 
 class Section(NamedTuple):

@@ -12,7 +12,6 @@ Bars to Evals" (arXiv 2411.00640), with the C/(C-1) correction that it leaves ou
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -130,7 +129,7 @@ def accuracy(correct, *, clusters=None) -> Mean:
     Raises StatsError for no items, for values outside [0, 1], and for clusters of another length.
     """
     values, seeds = _values(correct)
-    codes, count = _codes(clusters, len(values))
+    codes, count = cluster_codes(clusters, len(values))
     p, se = float(values.mean()), _clustered_se(values, codes, count)
     if count == 1:
         return Mean(p, NAN, NAN, NAN, len(values), 1, _note(values, count))
@@ -149,7 +148,7 @@ def mean_interval(values, *, clusters=None, seed=0) -> Mean:
     values = np.atleast_2d(np.asarray(values, dtype=float)).mean(axis=0)
     if not values.size or not np.isfinite(values).all():
         raise StatsError("no items" if not values.size else "a value is not a finite number")
-    codes, count = _codes(clusters, len(values))
+    codes, count = cluster_codes(clusters, len(values))
     low, high = bootstrap(lambda mean: mean, [values], codes, seed)
     return Mean(float(values.mean()), _clustered_se(values, codes, count), low, high, len(values), count,
                 _note(values, count))
@@ -191,7 +190,7 @@ def closure(before, after, *, clusters=None, seed=0) -> Mean:
     """
     t0, v0, t1, v1 = _same_length(*before, *after)
     g0, g1 = t0 - v0, t1 - v1
-    codes, count = _codes(clusters, len(g0))
+    codes, count = cluster_codes(clusters, len(g0))
     if g0.mean() == 0:
         return Mean(NAN, NAN, NAN, NAN, len(g0), count, "there was no gap to close")
     start = mean_interval(g0, clusters=clusters, seed=seed)
@@ -278,7 +277,7 @@ def shapley(none, image, text, both, *, clusters=None, seed=0) -> Shapley:
     total = abs(phi_image) + abs(phi_text)
     if total == 0:
         return Shapley(phi_image, phi_text, b - t - v + n, None, None, n=len(columns[0]), note="both values are 0")
-    codes, count = _codes(clusters, len(columns[0]))
+    codes, count = cluster_codes(clusters, len(columns[0]))
     low, high = bootstrap(_image_share, columns, codes, seed)
     return Shapley(phi_image, phi_text, b - t - v + n, abs(phi_image) / total, abs(phi_text) / total, low, high,
                    len(columns[0]), _note(None, count))
@@ -298,7 +297,7 @@ def shapley_change(before, after, *, clusters=None, seed=0) -> Mean | None:
         value = float(change(*(np.float64(one.mean()) for one in columns)))
     if math.isnan(value):
         return None
-    codes, count = _codes(clusters, len(columns[0]))
+    codes, count = cluster_codes(clusters, len(columns[0]))
     low, high = bootstrap(change, columns, codes, seed)
     return Mean(value, NAN, low, high, len(columns[0]), count, _note(None, count))
 
@@ -338,22 +337,21 @@ def bootstrap(statistic: Callable, columns: Sequence[np.ndarray], codes: np.ndar
     count = int(codes.max()) + 1
     if count < 2:
         return NAN, NAN
-    # A mean needs only each cluster's sum and size, so the draws cost clusters and not items.
-    sums = [np.bincount(codes, weights=column, minlength=count) for column in columns]
-    sizes = np.bincount(codes, minlength=count).astype(float)
-
-    def resampled(*drawn, axis=-1):
-        total = drawn[-1].sum(axis=axis)
+    # A mean needs only each cluster's sum and size, and a draw of clusters only how often each was drawn.
+    sizes = np.bincount(codes, minlength=count)
+    sums = np.stack([*(np.bincount(codes, weights=column, minlength=count) for column in columns), sizes], axis=1)
+    rng, found = np.random.default_rng(seed), []
+    batch = max(1, 2_000_000 // count)
+    for start in range(0, RESAMPLES, batch):
+        draws = rng.integers(0, count, (min(batch, RESAMPLES - start), count))
+        rows = np.arange(len(draws))[:, None] * count
+        times = np.bincount((draws + rows).ravel(), minlength=draws.size).reshape(draws.shape)
+        totals = times.astype(float) @ sums
         with np.errstate(divide="ignore", invalid="ignore"):
-            return statistic(*(one.sum(axis=axis) / total for one in drawn[:-1]))
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scipy warns of undefined draws in words about another method; nan says it
-        interval = scipy.stats.bootstrap(
-            (*sums, sizes), resampled, paired=True, vectorized=True, n_resamples=RESAMPLES, method="percentile",
-            confidence_level=LEVEL, rng=np.random.default_rng(seed), batch=max(1, 2_000_000 // count),
-        ).confidence_interval
-    return float(interval.low), float(interval.high)
+            found.append(statistic(*(totals[:, :-1] / totals[:, -1:]).T))
+    # nan where the statistic is undefined in one of the draws
+    low, high = np.quantile(np.concatenate(found), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def _clustered_se(values: np.ndarray, codes: np.ndarray, count: int) -> float:
@@ -388,7 +386,8 @@ def _same_length(*arrays) -> list[np.ndarray]:
     return columns
 
 
-def _codes(clusters, n: int) -> tuple[np.ndarray, int]:
+def cluster_codes(clusters, n: int) -> tuple[np.ndarray, int]:
+    """(cluster number per item, how many there are); None: every item by itself. StatsError for another length than n."""
     if clusters is None:
         return np.arange(n), n
     if len(clusters) != n:

@@ -1,21 +1,21 @@
 """Four fake models that every task meets before a real one: they speak to eval.run where a model would."""
 
 import hashlib
-from types import SimpleNamespace
 
 from data_prep.answerer import Generated
+from data_prep.read import MARKER
 
 
 class Fake:
     """What eval.run needs of an Answerer. `say` maps a prompt to the text of its answer."""
 
-    dtype = "float32"
-
-    def __init__(self, say) -> None:
-        self.say = say
-        self.model = SimpleNamespace(config=SimpleNamespace(_commit_hash=None))
-        self.encoder = SimpleNamespace(pixel_bounds={"min": 3136, "max": 1003520})
+    def __init__(self, say, adapter: str | None = None) -> None:
+        self.say, self.adapter = say, adapter
         self.asked = 0
+
+    def identity(self):
+        return {"model": "fake", "model_sha256": None, "revision": None, "adapter": self.adapter, "adapter_sha256": None,
+                "dtype": "float32", "pixels": {"min": 3136, "max": 1003520}}
 
     def generate(self, prompts, max_new_tokens):
         self.asked += len(prompts)
@@ -35,10 +35,15 @@ def constant(prompt) -> str:
 
 
 def blind(prompt) -> str:
-    """A guess from the question's words alone: the same for the same question, whatever picture or facts stand beside it."""
-    text = prompt.messages[0]["content"][-1]["text"]
+    """A guess from the question's words alone: the same for the same question, whatever picture or facts stand beside it.
+
+    Pictures may stand between the words; where none is shown, their markers do, and are no words either.
+    """
+    text = "".join(part.get("text", "") for part in prompt.messages[0]["content"])
+    text = MARKER.sub("", text)
     question = text.split("\n", 1)[1] if text.startswith("Facts: ") else text
-    return prompt.choices[hashlib.sha256(question.encode()).digest()[0] % len(prompt.choices)]
+    place = hashlib.sha256(question.encode()).digest()[0]
+    return prompt.choices[place % len(prompt.choices)] if prompt.choices else str(place)
 
 
 def gibberish(prompt) -> str:

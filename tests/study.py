@@ -1,6 +1,5 @@
 """What the tests of PGPS9K, MathVerse and MMMU-Pro share: commands run, prompts taken apart, hub files written."""
 
-import hashlib
 import io
 import json
 from collections import Counter
@@ -52,16 +51,10 @@ def render_all(problems):
     return seen
 
 
-def blind(prompt):
-    """tests.fakes.blind, which knows no open questions and no marker at a question's end."""
-    place = hashlib.sha256(all_text(prompt).encode()).digest()[0]
-    return prompt.choices[place % len(prompt.choices)] if prompt.choices else str(place)
-
-
 def meet_the_fakes(task, data, tmp_path, views):
     """{fake: rows} of every fake on the task, generated; what must hold for any task is checked."""
     found = {}
-    for name, say in (FAKES | {"blind": blind}).items():
+    for name, say in FAKES.items():
         words = ["--model", "fake", "--tasks", task, "--views", views, "--mode", "generate", "--data", str(data)]
         eval_run.run(eval_run.parse([*words, "--out", str(tmp_path / name)]), lambda say=say: Fake(say))
         found[name] = [json.loads(line) for line in (tmp_path / name / "answers.jsonl").read_text().splitlines()]

@@ -194,6 +194,26 @@ def test_changed_problems_are_scored_again_and_other_settings_refused(scored, tm
         scored()
 
 
+def test_scores_in_a_new_folder_and_unreadable_settings(scored, tmp_path) -> None:
+    out = tmp_path / "new" / "runs" / "scores.jsonl"
+    args = blind.parse([str(tmp_path / "train.jsonl"), "--model", "known", "--out", str(out)])
+    blind.run(args, Known)
+    assert len(read_scores(out)) == 4
+    out.with_suffix(".json").write_text('{"half')
+    with pytest.raises(ProblemError, match="scores.json: row: is not JSON"):
+        blind.run(args, Known)
+
+
+def test_scores_of_another_file_are_not_thrown_away(scored, tmp_path) -> None:
+    scored()
+    files = {name: (tmp_path / f"train.blind.{name}").read_bytes() for name in ("json", "jsonl")}
+    problems = read_problems(tmp_path / "train.jsonl")
+    write_problems(tmp_path / "train.jsonl", [replace(one, id=f"{one.id}2") for one in problems])
+    with pytest.raises(ProblemError, match="holds scores of 4 other problems; give another --out or delete it"):
+        scored()
+    assert all((tmp_path / f"train.blind.{name}").read_bytes() == data for name, data in files.items())
+
+
 def test_limit_then_all(scored, tmp_path) -> None:
     scored(None, "--limit", "2")
     assert json.loads((tmp_path / "train.blind.json").read_text())["finished"] is False

@@ -166,7 +166,9 @@ def test_without_facts_what_is_missing_is_named(models, no_figures, twins, tmp_p
     every = {name for name, _ in given | set(why)}
     assert every == set(case_study.case_page.TEXTS), "every measure is either given or named as missing"
     page = " ".join(Page((tmp_path / "out" / "case_study.html").read_text()).text)
-    assert "What is missing" in page and "has facts in words" in page
+    assert "What is missing" in page
+    assert "has facts in words: accuracy (both, text, conflict, other_facts); consistency C (" in page
+    assert "interaction (accuracy, log-probability)" in page and "text preference" not in page.partition("What is missing")[0]
     assert "not given because no problem of the task has facts in words" in capsys.readouterr().out
 
 
@@ -234,6 +236,34 @@ def test_open_questions_are_left_out_of_what_needs_options(tmp_path) -> None:
     assert found["gold_change"]["blind"]["value"] == pytest.approx(closed["vision"] - closed["blind"])
     image = ((closed["vision"] - closed["blind"]) + (closed["both"] - closed["text"])) / 2
     assert found["shapley_image"]["log_probability"]["value"] == pytest.approx(image)
+
+
+def test_items_that_a_view_cannot_show_are_counted(tmp_path, no_figures, capsys) -> None:
+    def some(rows):
+        return [row for row in rows if not (row["view"] == "shuffled" and row["id"] < "i0003")
+                and not (row["view"] == "conflict" and row["id"] == "i0007")]
+
+    views = {"both": 0.9, "vision": 0.6, "shuffled": 0.5, "conflict": 0.5, "other_facts": 0.5}
+    run = write_run(tmp_path / "a", views, n=40, edit=some, info={"finished": True})
+    case_study.main(["--runs", f"a={run}", "--out", str(tmp_path / "out")])
+    model = read(tmp_path / "out")["tasks"]["twins"]["models"]["a"]
+    assert model["n"] == 36 and model["left_out"] == {"n": 4, "views": {"shuffled": 3, "conflict": 1}}
+    said = "4 items cannot be shown in every view (3 not in shuffled, 1 not in conflict) and are left out of all numbers"
+    assert said in capsys.readouterr().out
+    page = " ".join(" ".join(Page((tmp_path / "out" / "case_study.html").read_text()).text).split())
+    assert f"{said}, so that every measure is of the same items." in page
+
+
+def test_a_task_of_one_model_only_is_named(tmp_path, no_figures, capsys) -> None:
+    first = write_run(tmp_path / "a", {"both": 1.0, "vision": 0.5}, n=10)
+    second = write_run(tmp_path / "b", {"both": 1.0, "vision": 0.5}, n=10, edit=lambda rows: [
+        *rows, *({**row, "task": "more"} for row in rows)], info={"tasks": {
+            task: {"data": "d", "root": ".", "sha256": "ab" * 32, "n": 10} for task in ("twins", "more")}})
+    case_study.main(["--runs", f"x={first}", f"y={second}", "--out", str(tmp_path / "out")])
+    result = read(tmp_path / "out")
+    assert list(result["tasks"]) == ["twins"] and result["only_in_some"] == ["more"]
+    assert "tasks that not every model was asked: more" in capsys.readouterr().out
+    assert "comparison is missing: more." in (tmp_path / "out" / "case_study.html").read_text()
 
 
 def test_options_in_another_order_are_refused(tmp_path) -> None:

@@ -58,6 +58,8 @@ def repository(tmp_path_factory):
         "name: full-text\nsteps: 5\noptim:\n  lr: {vision: 1e-3, language: 1e-3}\n", encoding="utf-8")
     (root / "recipes" / "demo" / "mix.yaml").write_text(
         "# Idea     Mixed.\n# Result   results/demo/summary.json\nname: mix\nsteps: 5\n", encoding="utf-8")
+    (root / "recipes" / "demo" / "centric.yaml").write_text(
+        "# Idea     Pictures.\n# Result   results/demo/summary.json\nname: vision-centric\nsteps: 5\n", encoding="utf-8")
     (root / "recipes" / "demo" / "later.yaml").write_text(
         "# Idea     Later.\n# Result   results/demo/summary.json\nname: later\nsteps: 5\n", encoding="utf-8")
     (root / "recipes" / "demo" / "slow.yaml").write_text(
@@ -111,8 +113,8 @@ def test_blocks_hold_the_numbers(collected):
     root, _ = collected
     text = (root / "README.md").read_text(encoding="utf-8")
     assert text.startswith("# A\n\n<!-- generated: results/demo -->\n\n| run | both | text | vision | blind | gap (both - "
-                           "vision) | text - vision | image gain (vision - blind) | change of the gap against `full-text` | "
-                           "closed % |\n")
+                           "vision) | text gap (text - vision) | image gain (vision - blind) | "
+                           "change of the gap against `full-text` | closed % |\n")
     assert text.endswith("\n\n<!-- end -->\nprose\n")
     assert cells(text, "base") == ["90.0", "90.0", "60.0", "50.0", "+30.0", "+30.0", "+10.0", "-", "-"]
     assert cells(text, "full-text") == ["95.0", "95.0", "55.0", "50.0", "+40.0", "+40.0", "+5.0", "-", "-"]
@@ -129,6 +131,36 @@ def test_blocks_hold_the_numbers(collected):
     assert "| Later. | - | none yet |" in table
     assert "| [demo/slow](demo/slow.yaml) | Slow words. | `full_text.yaml` in `optim.lr.language` | none yet |" in table
     assert "old" not in table and "m.yaml" not in table
+
+
+def test_items_left_out_are_told_below_the_table(collected):
+    summary = json.loads(json.dumps(collected[1]))
+    assert "Left out" not in readme.results_block(summary, "twins")[-1]
+    summary["tasks"]["twins"]["runs"]["mix"]["left_out"] = {"n": 3, "views": {"text": 3}}
+    assert readme.results_block(summary, "twins")[-1].endswith(
+        " Left out of all numbers: 3 items cannot be shown in every view (3 not in text).")
+
+
+def test_runs_are_found_by_the_recipe_that_they_record(collected, tmp_path):
+    root, summary = collected
+    (tmp_path / "results" / "demo").mkdir(parents=True)
+    (tmp_path / "recipes").symlink_to(root / "recipes")
+    mix = summary["runs"][3]
+
+    def table(*runs) -> str:
+        found = {**summary, "runs": [*summary["runs"][:3], *runs]}
+        for task in found["tasks"].values():
+            task["runs"].update({run["name"]: task["runs"]["mix"] for run in runs})
+        (tmp_path / "results" / "demo" / "summary.json").write_text(json.dumps(found), encoding="utf-8")
+        return "\n".join(readme.recipes_block(tmp_path))
+
+    assert "| Mixed. | - | gap +20.0 [" in table({**mix, "name": "mxi"}), "misspelt on the command line"
+    assert "| Mixed. | - | gap +20.0 [" in table({**mix, "name": "mix-long"}, mix)
+    with pytest.raises(readme.ReadmeError, match="the runs mix-long, mix-short are all of the recipe mix; call one of them that"):
+        table({**mix, "name": "mix-long"}, {**mix, "name": "mix-short"})
+    renamed = {**mix, "seeds": [{**one, "recipe": "mixed"} for one in mix["seeds"]]}
+    with pytest.raises(readme.ReadmeError, match="the run mix is of the recipe mixed, but no recipe .* full-text, later"):
+        table(renamed)
 
 
 def test_the_best_run_of_the_headline_task_is_named_in_every_task(collected):

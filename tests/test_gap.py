@@ -130,6 +130,26 @@ def test_verdict_without_a_gap_or_without_its_views(tmp_path):
     assert any(one.startswith("shapley: needs the views blind, text, both") for one in only["before"]["missing"])
 
 
+def test_the_question_as_text_against_the_question_drawn_in(tmp_path):
+    before = write_run(tmp_path / "a", {"vision": 0.8, "blind": 0.5, "rendered": 0.6})
+    after = write_run(tmp_path / "b", {"vision": 0.8, "blind": 0.5, "rendered": 0.7})
+    result = gap.compare(read_side(None, str(before)), read_side(None, str(after)))
+    found = result["tasks"]["twins"]
+    change = found["change"]["rendered_gap"]
+    assert found["before"]["rendered_gap"]["gap"] == pytest.approx(0.2) and change["change"] == pytest.approx(-0.1)
+    assert change["d_rendered"] == pytest.approx(0.1) and change["d_vision"] == 0
+    assert change["closure"]["value"] == pytest.approx(0.5)
+    assert "| rendered gap (vision - rendered) | +20.0 [" in show.markdown(result)
+    assert gap.table({"a": [before]})[0]["rendered_gap"][0] == pytest.approx(0.2)
+
+
+def test_the_drawn_question_is_not_missing_where_it_was_not_asked(pair):
+    found = gap.measure(read_side(None, str(pair[0])), "twins")
+    assert "rendered_gap" not in found and not any("rendered" in one for one in found["missing"])
+    assert "rendered_gap" not in gap.table({"a": [pair[0]]})[0]
+    assert gap.table({"a": [pair[0]]})[0]["image_gain"] is not None
+
+
 def test_flips_against_the_blank_picture(tmp_path):
     # 10 items: vision right on all; white right on 6 -> 4 flips, all right to wrong
     run = write_run(tmp_path / "a", {"vision": 1.0, "white": 0.6}, n=10)
@@ -238,7 +258,11 @@ def test_items_that_a_view_cannot_show_are_left_out_of_every_view(tmp_path):
     run = write_run(tmp_path / "a", right, edit=no_facts, info={"finished": True})
     found = gap.measure(read_side(None, str(run)), "twins")
     assert found["n"] == 160 and found["views"]["vision"]["n"] == found["views"]["both"]["n"] == 160
-    assert "40 items cannot be shown in every view (both) and are left out of all numbers" in found["warnings"]
+    assert "40 items cannot be shown in every view (40 not in both) and are left out of all numbers" in found["warnings"]
+    assert found["left_out"] == {"n": 40, "views": {"both": 40}}
+    fewer = write_run(tmp_path / "fewer", {"vision": 0.5}, info={"finished": True})
+    with pytest.raises(AnswersError, match="in one of them only; items that a view cannot show .* in the same views"):
+        check_pair(read_side("x", str(run)), read_side("y", str(fewer)))
     with pytest.raises(AnswersError, match="do not pair up: view 'both' holds 160 of 200"):
         read_run(write_run(tmp_path / "b", right, edit=no_facts))
     with pytest.raises(AnswersError, match="cut short"):

@@ -283,11 +283,13 @@ def test_filters_are_applied_told_and_hashed(problems, tmp_path, monkeypatch):
     monkeypatch.setattr(overlap, "without_overlap", lambda rows, files: asked.append(files) or (rows[1:], []))
     (tmp_path / "scores.jsonl").write_text("{}\n")
     source = {"problems": str(problems), "views": {"vision": 1.0}, "avoid": [str(problems)],
-              "needs_picture": {"scores": str(tmp_path / "scores.jsonl"), "min_gain": 0.3, "against": "blind"}}
+              "needs_picture": {"scores": str(tmp_path / "scores.jsonl"), "min_gain": 0.3, "against": "blind", "max_blind": 0.75}}
     some = Mixture(mixture_file(tmp_path, {"demo": source}), seed=0, draws=5)
     assert len(some.problems["demo"]) == len(read_problems(problems)) - 6
-    assert asked == [(tmp_path / "scores.jsonl", {"min_gain": 0.3, "against": "blind"}), [problems]]
-    assert some.left_out["demo"][0] == "5 whose picture is worth less than 0.3" and "1 that occur in" in some.left_out["demo"][1]
+    assert asked == [(tmp_path / "scores.jsonl", {"min_gain": 0.3, "against": "blind", "max_blind": 0.75}), [problems]]
+    worth, occurs = some.left_out["demo"]
+    assert worth == "5 whose picture is worth less than 0.3 or that are answered without it with more than 0.75"
+    assert "1 that occur in" in occurs
     assert str(tmp_path / "scores.jsonl") in some.hashes
     with pytest.raises(RecipeError, match="sources.demo.avoid.0: no such file: nowhere.jsonl"):
         Mixture(mixture_file(tmp_path, {"demo": {**source, "avoid": ["nowhere.jsonl"]}}), seed=0, draws=5)

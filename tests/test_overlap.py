@@ -186,6 +186,15 @@ def test_templates_are_no_evidence_and_groups_are_one_voice() -> None:
     assert without_overlap([problem("m", seven)], [[problem("o", seven)]])[1] == []
 
 
+def test_a_question_published_for_a_view_counts() -> None:
+    """MathVerse says the whole question in `both` only."""
+    published = {"published": {"both": {"question": LONG}, "vision": {"question": None}}}
+    other = replace(problem("o", "How many?", image="o.png"), meta=published)
+    mine, unlike = problem("m", LONG), problem("u", LONG.replace("church", "bank"), answer="b")
+    assert list(same_items([mine], [other])) == list(near_questions([unlike], [other], 0.8)) == [(0, 0)]
+    assert list(same_items([other], [mine])) == list(near_questions([other], [unlike], 0.8)) == [(0, 0)]
+
+
 def test_facts_decide_within_a_source() -> None:
     mine, other = problem("m", LONG, facts="Two buses."), problem("o", LONG, facts="Three buses.")
     assert without_overlap([mine], [[other]])[1] == []

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from eval import reliance, stats
 from eval.reliance import Measure, difference, estimate, mean_of
@@ -45,6 +46,12 @@ def test_consistency_among_is_over_answers_of_all_seeds() -> None:
 ])
 def test_kappa(first, second, k, expected) -> None:
     assert value(reliance.kappa([first], [second], k)) == pytest.approx(expected)
+
+
+def test_kappa_of_seeds_with_habits_of_their_own() -> None:
+    # C = (1 + 3/4) / 2; p_e is 1 in the first seed and 3/4 in the second. Pooled marginals would say p_e = 1/2
+    first, second = [[0, 0, 0, 0], [1, 1, 1, 1]], [[0, 0, 0, 0], [1, 1, 1, 0]]
+    assert value(reliance.kappa(first, second, [2] * 4)) == pytest.approx(0)
 
 
 def test_kappa_undefined() -> None:
@@ -185,6 +192,16 @@ def test_interval_is_the_bootstrap_of_stats() -> None:
     assert (found.value, found.low, found.high, found.n_clusters) == (known.value, known.low, known.high, 20)
     assert estimate(mean_of(values), groups, seed=5) == known
     assert estimate(mean_of(values), list(range(60)), seed=5).low != known.low
+
+
+def test_interval_is_that_of_scipy() -> None:
+    draw = np.random.default_rng(6)
+    top, bottom, groups = draw.random(90), draw.random(90), [f"g{number // 9}" for number in range(90)]
+    found = estimate(Measure((top, bottom), lambda a, b: a / b, n=90), groups, seed=5)
+    sums = (top.reshape(10, 9).sum(axis=1), bottom.reshape(10, 9).sum(axis=1))
+    known = scipy.stats.bootstrap(sums, lambda a, b, axis: a.sum(axis=axis) / b.sum(axis=axis), paired=True, vectorized=True,
+                                  n_resamples=stats.RESAMPLES, method="percentile", rng=np.random.default_rng(5))
+    assert (found.low, found.high) == pytest.approx(tuple(known.confidence_interval), abs=1e-12)
 
 
 def test_ratio_of_means_is_resampled_as_a_whole() -> None:

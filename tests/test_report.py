@@ -178,6 +178,21 @@ def test_one_run_is_enough(tmp_path):
     assert "Changes" not in page and "gap: needs the view both" in page
 
 
+def test_rendered_has_a_column_where_it_was_asked(tmp_path):
+    words = [f"{name}={write_run(tmp_path / name, {'vision': 0.8, 'rendered': share})}"
+             for name, share in (("a", 0.6), ("b", 0.7))]
+    text = " ".join(Page(report.build(report.parse_runs(words))).text)
+    assert "rendered gap (vision - rendered)" in text and "+20.0 [" in text and "-10.0 [" in text
+    run = write_run(tmp_path / "c", {"vision": 0.5})
+    assert "rendered" not in report.build(report.parse_runs([f"c={run}"])).partition("<h2>Items")[0]
+
+
+def test_settings_are_those_that_runs_must_share(tmp_path):
+    run = write_run(tmp_path / "a", {"vision": 0.5}, info={"rationale": True})
+    text = " ".join(Page(report.build(report.parse_runs([f"a={run}"]))).text)
+    assert "mode generate; rationale true; max_new_tokens 32; pixels 3136 to 50176." in text
+
+
 def test_gap_figure_is_deterministic_and_takes_odd_names(tmp_path):
     run = write_run(tmp_path / "a", {"both": 0.9, "vision": 0.5}, n=20)
     rows = gap.table({"cost_$1 & $2 <b>": [run]})

@@ -157,6 +157,13 @@ def test_partners_share_no_picture_where_that_is_possible(three):
         assert {View.shuffled, View.conflict, View.other_facts} <= set(possible_views(problem, other))
 
 
+def test_partners_are_of_another_group_where_that_is_possible(three):
+    """A group of six versions of one drawing, in six files: none borrows from its own, though it stands next in the ring."""
+    problems = [replace(three, id=f"q{n}", image=f"{n}.png", facts=None, group=f"g{n // 6}") for n in range(18)]
+    assert all(other.group != problem.group for problem, other in zip(problems, partners(problems)))
+    assert all(other.image != problem.image for problem, other in zip(problems[:6], partners(problems[:6]))), "one group alone"
+
+
 def test_errors_name_the_picture(three, folder):
     (folder / "green.png").unlink()
     with pytest.raises(ProblemError, match=r"^p1: image\[1\]: 'green.png' does not exist"):

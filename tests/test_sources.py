@@ -541,6 +541,19 @@ def test_parquet_folder(tmp_path, datasets_library):
     assert snapshot(tmp_path / "out") == before
 
 
+def test_a_folder_of_the_same_name_or_changed_since_is_read_again(tmp_path, datasets_library):
+    """With a README, `datasets` alone would serve the first one's rows from its cache each time."""
+    readme = "---\nconfigs:\n- config_name: default\n  data_files: train-00000-of-00001.parquet\n---\n"
+    for place, color in (("a", "red"), ("b", "blue"), ("a", "green")):
+        folder = tmp_path / place / "set"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text(readme)
+        rows = {"question": ["Which?"], "answer": [color], "facts": ["one"]}
+        datasets_library.Dataset.from_dict(rows).to_parquet(folder / "train-00000-of-00001.parquet")
+        (problem,) = everything(run(hf, tmp_path, "--from", folder, "--license", "MIT", "--test-share", 1))
+        assert problem.answer == color
+
+
 def test_saved_to_disk_with_class_labels_and_paths(tmp_path, datasets_library, mine):
     features = datasets_library.Features(
         {

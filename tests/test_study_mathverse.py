@@ -22,6 +22,7 @@ from tests.study import (  # noqa: F401, F811
         ("Which?\nOptions:\nA) f(x)=(x+5)\nB) $B: y$", "Which?", ("f(x)=(x+5)", "$B: y$")),
         ("Which? Choices: A:1 B:2 C:3", "Which?", ("1", "2", "3")),
         ("Which is A?\nA:one\nB:two", "Which is A?", ("one", "two")),
+        ("Find.\nChoices:\nA:ratio B: C\nB:2\nC:3 D: 4", "Find.", ("ratio B: C", "2", "3 D: 4")),
         ("Point A: see.\nChoices:\nA:1\n  2\nB:3", "Point A: see.", ("1\n  2", "3")),
     ],
 )
@@ -184,6 +185,17 @@ def test_a_changed_copy_is_read_again(tmp_path, library):
     for folder, index in (("a", 1), ("b", 2), ("a", 3)):
         root = mathverse_copy(library, tmp_path / folder / "in", verse(index))
         assert {problem.group for problem in make(mathverse, tmp_path, "--from", root)["test"]} == {f"mathverse-{index}"}
+
+
+@pytest.mark.parametrize("stored", [bytes, lambda data: {"bytes": data, "path": "a.png"}], ids=["bytes", "struct"])
+def test_parquet_of_another_library(tmp_path, library, stored):
+    """It does not say that a column holds pictures; and a configuration lies in data/ where `push_to_hub` puts it."""
+    pyarrow, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [row | {"image": stored(row["image"])} for row in verse(1)]
+    (tmp_path / "in" / "data").mkdir(parents=True)
+    pq.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in" / "data" / "testmini-00000-of-00001.parquet")
+    problems = make(mathverse, tmp_path, "--from", tmp_path / "in")["test"]
+    assert [colours(render(problem, "vision")) for problem in problems] == [[RED]] * 2 + [[GREEN]] * 2 + [[BLUE]] * 2
 
 
 def test_columns_that_are_missing(tmp_path, library):

@@ -85,6 +85,26 @@ def test_mmmu_pro_without_screenshots(tmp_path, library):
         assert colours(render(problem, "rendered")) == [RED], "drawn by us"
 
 
+def test_mmmu_pro_leaves_out_the_pictures_of_the_explanation(tmp_path, library):
+    """Only what the question or an option names is shown; all, in order, where nothing is named."""
+    seven = {f"image_{n}": png((30 * n, 0, 0)) for n in range(1, 8)}
+    items = [item(1, "What is <image 1>?", image_1=png(RED), image_2=png(GREEN)),
+             item(2, "Which?", ["<image 2>", *"bcdefghij"], image_1=png(RED), image_2=png(GREEN)),
+             item(3, "What do they show?", **seven)]  # fmt: skip
+    problems = make(mmmu_pro, tmp_path, "--from", mmmu_copy(library, tmp_path / "in", items), "--no-rendered")["test"]
+    assert [colours(render(problem, "vision")) for problem in problems] == [
+        [RED], [GREEN], [(30 * n, 0, 0) for n in range(1, 8)],
+    ]  # fmt: skip
+    assert problems[1].options[0] == "<image 1>"
+
+
+def test_mmmu_pro_with_fewer_picture_columns(tmp_path, library):
+    row = {name: value for name, value in item(1).items() if not name.startswith("image_") or name < "image_3"}
+    parquet(library, tmp_path / "in" / "standard (10 options)" / "test.parquet", [row], ["image_1", "image_2"])
+    (problem,) = make(mmmu_pro, tmp_path, "--from", tmp_path / "in", "--no-rendered")["test"]
+    assert colours(render(problem, "vision")) == [RED]
+
+
 def test_mmmu_pro_screenshots_that_do_not_belong(tmp_path, library, capsys):
     items = [item(n) for n in range(3)]
     shots = [screenshot(items[0]), screenshot(items[1], answer="C")]

@@ -39,6 +39,10 @@ def test_facts_are_structure_then_measures():
         "D is on line AC, In \\odot O, point A, B lie on \\odot O, AB = 12, m \\angle 1 = 40"
     )
     assert pgps9k.facts(["line A B"], []) is None
+    published = ["line A D C", "\\odot O lieson A B C", "line D E I K"], ["AB = 12", "CB \\perp CA on C"]
+    said = "D is on line AC, In \\odot O, point A, B, C lie on \\odot O, {}, AB = 12, CB \\perp CA on C"
+    assert pgps9k.facts(*published) == said.format("E, I are on line DK")
+    assert pgps9k.facts(*published, upstream_slip=True) == said.format("D, E are on line IK")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +127,9 @@ def test_pgps9k_says_when_the_owners_share_a_diagram(tmp_path, capsys):
         ({"diagram": "gone.gif"}, (), "diagram: 'gone.gif' does not exist"),
         ({"diagram": "../a.png"}, (), "diagram: '../a.png' leaves"),
         ({"text": ...}, (), "text: missing field"),
+        ({"book": ["a"], "text": 7}, (), "text: must be text, not 7"),
         ({"answer": "many"}, (), "answer: 'many' is not a number"),
+        ({"answer": "nan"}, (), "answer: 'nan' is not a number"),
         ({"parsing_sem_seqs": "AB = 1"}, (), "parsing_sem_seqs: must be a list, not 'AB = 1'"),
         ({"parsing_stru_seqs": [1]}, (), "parsing_stru_seqs: must be a list of texts"),
         ({"choices": ["1", 2.0]}, ("--choices",), "choices: must be numbers, not ['1', 2.0]"),

@@ -12,7 +12,7 @@ A mixture file names sources and, for each, the views it is shown in and at whic
         paired: true                        # the views go through the problems in one order: each is shown in all of them
         max_epochs: 3                       # then the source is used up in this view (default: it never is)
         rationale: true                     # answers say what leads to them (problems with meta.rationale)
-        needs_picture: {scores: data/twins/train.blind.jsonl, min_gain: 0.1}    # see data_prep.blind
+        needs_picture: {scores: data/twins/train.blind.jsonl, min_gain: 0.1}    # against, max_blind: see data_prep.blind
         avoid: [data/twins/test.jsonl]      # leave out what occurs in these files, see data_prep.overlap
 
 `rate` is the chance that the next conversation comes from this source in this view; the rates of a mixture sum to 1. Within a
@@ -48,6 +48,7 @@ class NeedsPicture:
     scores: str                                 # what python -m data_prep.blind wrote
     min_gain: float = 0.1
     against: Literal["blind", "shuffled", "both"] = "both"
+    max_blind: float | None = None
 
 
 @checked(config=_STRICT, frozen=True)
@@ -143,8 +144,11 @@ class Mixture:
             from data_prep.blind import needs_picture
 
             scores = self._file(f"sources.{name}.needs_picture.scores", wanted.scores)
-            kept = needs_picture(problems, scores, min_gain=wanted.min_gain, against=wanted.against)
-            self.left_out[name].append(f"{len(problems) - len(kept)} whose picture is worth less than {wanted.min_gain:g}")
+            kept = needs_picture(problems, scores, min_gain=wanted.min_gain, against=wanted.against, max_blind=wanted.max_blind)
+            why = f"whose picture is worth less than {wanted.min_gain:g}"
+            if wanted.max_blind is not None:
+                why += f" or that are answered without it with more than {wanted.max_blind:g}"
+            self.left_out[name].append(f"{len(problems) - len(kept)} {why}")
             problems = kept
         if source.avoid:
             from data_prep.overlap import without_overlap

@@ -169,7 +169,7 @@ def arguments(doc: str, module: str, test_share: float | None = 0.2) -> argparse
     else:
         said = "share of problems in test.jsonl (default: %(default)s)"
         parser.add_argument("--test-share", type=_share, default=test_share, help=said)
-    parser.add_argument("--limit", type=_positive, help="at most this many problems, whole groups drawn by a hash")
+    parser.add_argument("--limit", type=_positive, help="at most this many problems, groups in a hash's order, the last cut off")
     parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out, write them to OUT/rows.bad.jsonl")
     parser.add_argument(
         "--max-pixels", type=_positive, default=MAX_PIXELS, help="largest picture (default: %(default)s)"

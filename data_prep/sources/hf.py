@@ -24,19 +24,26 @@ MAPPED = ("id", "group", "image", "facts", "question", "options", "answer", "lic
 ANSWER_AS = ("auto", "text", "letter", "index")
 
 
-def load(name: str, config: str | None, split: str | None, revision: str | None):
-    """The dataset's rows and the split's name. Errors of the library become ProblemError."""
+def load(name: str, config: str | None, split: str | None, revision: str | None, files: Sequence[Path] = ()):
+    """The dataset's rows and the split's name. Errors of the library become ProblemError.
+
+    files: parquet files of the local folder `name` that make up the split; without them the library looks for them.
+    """
     import datasets  # here, because it takes seconds and the command's --help should not
 
+    folder, place = Path(name), str(files[0]) if files else name
     try:
-        folder = Path(name)
-        if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
+        if files:
+            paths = {split: [str(file) for file in files]}
+            found = datasets.load_dataset("parquet", data_files=paths, split=split, cache_dir=_own_cache(folder))
+        elif (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
             found = datasets.load_from_disk(name)
         else:
-            found = datasets.load_dataset(name, config, split=split, revision=revision)
+            cache = _own_cache(folder) if folder.is_dir() else None
+            found = datasets.load_dataset(name, config, split=split, revision=revision, cache_dir=cache)
     except Exception as error:  # the library raises many kinds, for the network, the names and the files
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ProblemError(f"{name}: cannot be loaded ({reason})") from error
+        raise ProblemError(f"{place}: cannot be loaded ({reason})") from error
     if isinstance(found, dict):
         if split is None and len(found) > 1:
             raise ProblemError(f"{name}: has the splits {', '.join(found)}; choose one with --split")
@@ -45,6 +52,19 @@ def load(name: str, config: str | None, split: str | None, revision: str | None)
             raise ProblemError(f"{name}: no split {split!r}; there are {', '.join(found)}")
         found = found[split]
     return found, split or "all"
+
+
+def _own_cache(folder: Path) -> str:
+    """Where the library may keep what it reads of a folder, in the state that the folder is in.
+
+    Of a folder with a README it would keep that under the folder's last name alone, and serve it again for another
+    folder of this name, or for files changed since.
+    """
+    import datasets
+
+    found = [(file, file.stat()) for file in sorted(folder.resolve().rglob("*")) if file.is_file()]
+    state = [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in found]
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "folders" / hashed(str(folder.resolve()), repr(state)))
 
 
 def column_map(pairs: Sequence[str], columns: Sequence[str]) -> dict[str, str]:

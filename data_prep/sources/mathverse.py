@@ -32,11 +32,12 @@ VISION_VERSIONS = ("Vision Intensive", "Vision Dominant", "Vision Only")
 DRAWN, IN_WORDS = "Vision Only", "Vision Intensive"  # the version without a question in words, and whose it takes
 COLUMNS = ("problem_index", "problem_version", "question", "image", "answer", "question_type")
 
-_HEADER = re.compile(r"(?:^|\s)(?:choices|options)\s*:\s*", re.I)
+_HEADER = re.compile(r"(?:^|\s)(?:choices|options)\s*:", re.I)
 
 
 def split_choices(question: str) -> tuple[str, tuple[str, ...]]:
-    """(question without its choices, choices) of "... Choices:\\nA:40\\nB:60"; labels A: A. A) (A), on lines or in one.
+    """(question without its choices, choices) of "... Choices:\\nA:40\\nB:60"; labels A: A. A) (A), each on a line of its
+    own or, where they are not, all in one.
 
     ProblemError when there are none.
     """
@@ -128,7 +129,7 @@ def _pair(text: str, vision: str, worded: str, versions: dict[str, tuple[int, di
     published: dict[str, dict] = {"both": {"question": told}}
     if vision == DRAWN:
         published |= {"vision": {"question": None}, "rendered": {"question": None}}
-    metadata = row.get("metadata") or {}
+    metadata = row["metadata"] if isinstance(row.get("metadata"), dict) else {}
     problem = Problem(
         id=f"{SOURCE}-{index}-{_slug(text)}-{_slug(vision)}",
         group=f"{SOURCE}-{index}",

@@ -3,9 +3,10 @@
     python -m data_prep.sources.mmmu_pro --from MMMU/MMMU_Pro --out data/mmmu_pro [--options 4] [--no-rendered]
 
 --from is the hub's id or a local copy of it. One problem per item of the standard configuration with 10 (or 4) options.
-Its pictures stand where the question or an option names them (<image 1>). With 10 options the `rendered` view is the
-screenshot that the configuration `vision` holds under the same id, so the options keep their order. Everything goes to
-test.jsonl.
+Its pictures stand where the question or an option names them (<image 1>). Where some are named, the others are those of
+the item's explanation (the authors say so in MMMU-Benchmark/MMMU, issue 56) and are left out; where none is, all stand
+before the question. With 10 options the `rendered` view is the screenshot that the configuration `vision` holds under
+the same id, so the options keep their order. Everything goes to test.jsonl.
 """
 
 import json
@@ -43,7 +44,7 @@ def renumbered(texts: Sequence[str], there: Sequence[int]) -> list[str]:
 def drafts(args, bad: BadRows) -> Iterator[Draft]:
     config = f"standard ({args.options} options)"
     data = hub.table(args.source_name, config, args.split, args.revision)
-    hub.check_columns(data, f"{args.source_name} {config}", "id", "question", "options", "answer", *PICTURES)
+    hub.check_columns(data, f"{args.source_name} {config}", "id", "question", "options", "answer", PICTURES[0])
     shots, screens = {}, None
     if args.options == 10 and not args.no_rendered:
         screens = hub.table(args.source_name, "vision", args.split, args.revision)
@@ -63,7 +64,7 @@ def drafts(args, bad: BadRows) -> Iterator[Draft]:
 
 def _row(name: str, number: int, record: dict) -> Row:
     words = {key: value for key, value in record.items() if key not in PICTURES}
-    there = [place for place, column in enumerate(PICTURES, start=1) if record[column] is not None]
+    there = [place for place, column in enumerate(PICTURES, start=1) if record.get(column) is not None]
     found = {**words, "number": number, "pictures": there}
     return Row(name, f"row {number}", json.dumps(words, ensure_ascii=False, default=str), lambda: found)
 
@@ -71,7 +72,10 @@ def _row(name: str, number: int, record: dict) -> Row:
 def _build(row: dict, _: Row, *, data, screens, shots: dict[str, tuple[int, str]]) -> list[Draft]:
     ident, letter, there = take(row, "id", str), take(row, "answer", str).strip(), row["pictures"]
     options = option_list(row["options"]) or ()
-    question, *options = renumbered([take(row, "question", str).strip(), *options], there)
+    texts = [take(row, "question", str).strip(), *options]
+    named = {int(number) for text in texts for number in _MARKER.findall(text)}
+    there = [number for number in there if number in named or not named]
+    question, *options = renumbered(texts, there)
     place = LETTERS.find(letter) if len(letter) == 1 else -1
     if not 0 <= place < len(options):
         raise ProblemError(f"answer: {letter!r} is no letter of the {len(options)} options")

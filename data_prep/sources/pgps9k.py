@@ -15,6 +15,7 @@ one nearest to the answer is right.
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -55,9 +56,11 @@ def number_text(value: str | float) -> str:
     """A number without the zeros that say nothing: "48.000" -> "48", 8.50 -> "8.5"."""
     text = (value if isinstance(value, str) else f"{value:.10f}").strip()
     try:
-        float(text)
-    except ValueError as error:
-        raise ProblemError(f"answer: {text!r} is not a number") from error
+        finite = math.isfinite(float(text))
+    except ValueError:
+        finite = False
+    if not finite:
+        raise ProblemError(f"answer: {text!r} is not a number")
     if text.lstrip("+-").replace(".", "", 1).isdecimal() and "." in text:
         text = text.rstrip("0").rstrip(".")
     return "0" if text in ("-0", "") else text
@@ -105,7 +108,7 @@ def drafts(args, bad: BadRows) -> Iterator[Draft]:
 
 def _tell_shared(parts: dict[str, list[Row]]) -> None:
     diagrams = [
-        {row.parse().get("diagram") for row in rows if isinstance(row.parse(), dict)} for rows in parts.values()
+        {str(row.parse().get("diagram")) for row in rows if isinstance(row.parse(), dict)} for rows in parts.values()
     ]
     shared = set.intersection(*diagrams) if len(diagrams) > 1 else set()
     if shared:

@@ -8,9 +8,9 @@ from eval.tasks.base import Score, Task
 
 
 def same_rounded(pred: Quantity, gold: Quantity) -> bool:
-    """Equal, or equal where the less exact of the two is rounded. A whole number or one digit is never a rounded one.
+    """Equal, or equal when rounded to the digits after gold's point: 9.86 accepts 9.8596 and not 9.9; 30 accepts 30.0 alone.
 
-    gold 9.86 accepts 9.8596 and not 9.9; gold 2sqrt(3) accepts 3.46 and not 3; gold 30 accepts 30 and 30.0 alone.
+    A gold that is no plain number accepts what is rounded to two digits or more: 2sqrt(3) accepts 3.46 and not 3.5.
     """
     if math.isclose(pred.value, gold.value, rel_tol=1e-6):
         return True
