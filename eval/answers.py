@@ -173,25 +173,27 @@ def _check_alike(a: Run, b: Run) -> None:
 def _pair_views(run: Run) -> None:
     """Keep the items that every view of a task holds, so that all views are measured on the same ones.
 
-    A finished run lacks an item in a view that its problem cannot be shown in (no facts, no partner); in any other run
-    the evaluation was cut short, and what it lacks is chance.
+    A finished run lacks an item in a view that its problem cannot be shown in (no facts, no partner), or in every view
+    that was asked; in any other run the evaluation was cut short, and what it lacks is chance.
     """
+    finished = run.info.get("finished") is True
     for task in sorted({task for task, _ in run.rows}):
         if task not in run.info["tasks"]:
             raise AnswersError(f"{run.folder} has answers of task '{task}', which its run.json does not name")
         views = {view: items for (name, view), items in run.rows.items() if name == task}
         shared, known = set.intersection(*map(set, views.values())), set().union(*views.values())
-        if shared == known:
+        whole = max(len(known), run.info["tasks"][task].get("n") or 0) if finished else len(known)
+        if len(shared) == whole:
             continue
         view = min(views, key=lambda one: (len(views[one]), one))
-        if run.info.get("finished") is not True or not shared:
+        if not finished or not shared:
             raise AnswersError(f"the items of task '{task}' in {run.folder} do not pair up: view '{view}' holds "
                                f"{len(views[view])} of {len(known)}, and '{sorted(known - shared)[0]}' is not in every "
                                "view; complete the evaluation" + ("" if shared else ", or ask for fewer views"))
         for one, items in views.items():
             run.rows[task, one] = {name: row for name, row in items.items() if name in shared}
-        lacking = {one: len(known) - len(items) for one, items in views.items() if len(items) < len(known)}
-        run.left_out[task] = {"n": len(known) - len(shared), "views": lacking}
+        lacking = {one: whole - len(items) for one, items in views.items() if len(items) < whole}
+        run.left_out[task] = {"n": whole - len(shared), "views": lacking}
 
 
 def _check(row, place: str) -> None:

@@ -129,7 +129,8 @@ SECTIONS = {
 }
 VIEWS = {"both": "picture and facts", "text": "facts, no picture", "vision": "picture", "blind": "no picture",
          "white": "white picture", "black": "black picture", "gray": "gray picture", "noise": "random pixels",
-         "shuffled": "another item's picture", "conflict": "picture, other facts", "other_facts": "other facts, no picture", "rendered": "question in the picture"}
+         "shuffled": "another item's picture", "conflict": "picture, other facts",
+         "other_facts": "other facts, no picture", "rendered": "question in the picture"}
 HEADLINE = {
     ("accuracy", "both"): "accuracy, both", ("accuracy", "vision"): "accuracy, vision",
     ("accuracy", "rendered"): "accuracy, rendered", ("accuracy", "text"): "accuracy, text",

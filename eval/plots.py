@@ -86,13 +86,13 @@ def change_figure(changes: Mapping[str, Mapping[str, Point]], *, title: str = ""
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         for number, (run, series) in enumerate(changes.items()):
-            marker, colour = RUNS[number % len(RUNS)]
+            marker, colour, filled = _run_style(number)
             shift = 0.6 * ((number + 0.5) / len(changes) - 0.5)
             for place, name in enumerate(names):
                 if name in series:
-                    _mark(axes, series[name], place + shift, marker, colour, number % 2 == 0)
+                    _mark(axes, series[name], place + shift, marker, colour, filled)
             axes.plot([], [], marker=marker, color=colour, linestyle="none", label=run,
-                      markerfacecolor=colour if number % 2 == 0 else "white")
+                      markerfacecolor=colour if filled else "white")
         axes.axvline(0, color="#555555", linewidth=1)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.4, -0.6)
@@ -119,7 +119,7 @@ def bar_figure(groups: Mapping[str, Mapping[str, Point]], *, title: str = "", ch
             places = [place + width * (number + 0.5) - 0.4 for place, name in enumerate(names) if name in series]
             points = [series[name] for name in names if name in series]
             axes.bar(places, [100 * one[0] for one in points], width * 0.94, label=run, edgecolor="white",
-                     color=RUNS[number % len(RUNS)][1], hatch=HATCH[number % len(HATCH)],
+                     color=RUNS[number % len(RUNS)][1], hatch=HATCH[(number + number // len(RUNS)) % len(HATCH)],
                      yerr=_reach(points), ecolor="#222222", capsize=2, error_kw={"linewidth": 1})
         if chance is not None:
             axes.axhline(100 * chance, color="#222222", linewidth=1, linestyle=(0, (4, 3)))
@@ -165,6 +165,11 @@ def _reach(points: Sequence[Sequence[float]]) -> list[list[float]]:
             [0.0 if math.isnan(high) else max(0.0, 100 * (high - value)) for value, _, high in points]]
 
 
+def _run_style(number: int) -> tuple[str, str, bool]:
+    """(marker, colour, filled) of a run; the second round through the palette swaps filled and hollow."""
+    return *RUNS[number % len(RUNS)], (number + number // len(RUNS)) % 2 == 0
+
+
 def _run_label(row: Mapping) -> str:
     return row["run"] if row.get("n_seeds", 1) == 1 else f"{row['run']}\n({row['n_seeds']} seeds)"
 
@@ -192,9 +197,8 @@ def curve_figure(curves: Mapping[str, Sequence[Mapping]], *, title: str = "") ->
     def draw(figure: Figure) -> None:
         gaps, accuracies = figure.subplots(1, 2)
         for number, (recipe, points) in enumerate(curves.items()):
-            # a second round of the palette has hollow markers
-            style = {"color": RUNS[number % len(RUNS)][1], "marker": RUNS[number % len(RUNS)][0], "markersize": 5,
-                     "markerfacecolor": "white" if number // len(RUNS) % 2 else RUNS[number % len(RUNS)][1]}
+            marker, colour, filled = _run_style(number)
+            style = {"color": colour, "marker": marker, "markersize": 5, "markerfacecolor": colour if filled else "white"}
             steps = [point["step"] for point in points]
             for axes, what, line in ((gaps, "gap", "-"), (accuracies, "both", "-"), (accuracies, "vision", (0, (4, 2)))):
                 value, low, high = ([100 * point[what][part] for point in points] for part in range(3))
@@ -247,7 +251,7 @@ def panel_figure(panels: Sequence[Panel], *, title: str = "") -> str:
     def draw(figure: Figure) -> None:
         for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
             for number, run in enumerate(runs):
-                marker, colour = RUNS[number % len(RUNS)]
+                marker, colour, filled = _run_style(number)
                 shift = 0.66 * ((number + 0.5) / len(runs) - 0.5)
                 series = panel.series.get(run, {})
                 places = [place + shift for place, name in enumerate(names) if name in series]
@@ -255,7 +259,7 @@ def panel_figure(panels: Sequence[Panel], *, title: str = "") -> str:
                 if found:
                     reach = [[one * panel.scale / 100 for one in side] for side in _reach(found)]  # _reach is times 100
                     axes.errorbar([panel.scale * one[0] for one in found], places, xerr=reach, fmt=marker, color=colour,
-                                  markerfacecolor=colour if number % 2 == 0 else "white", markeredgewidth=1.5, markersize=7,
+                                  markerfacecolor=colour if filled else "white", markeredgewidth=1.5, markersize=7,
                                   capsize=2.5, zorder=3)
             if panel.line is not None:
                 axes.axvline(panel.scale * panel.line, color="#555555", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
@@ -268,9 +272,9 @@ def panel_figure(panels: Sequence[Panel], *, title: str = "") -> str:
             axes.grid(axis="x", color="#E5E5E5", linewidth=0.6)
             axes.set_axisbelow(True)
         figure.axes[0].set_title(title)
-        styles = [(run, *RUNS[number % len(RUNS)], number % 2 == 0) for number, run in enumerate(runs)]
+        styles = [_run_style(number) for number in range(len(runs))]
         handles = [figure.axes[0].plot([], [], marker=marker, color=colour, linestyle="none", markersize=7, markeredgewidth=1.5,
-                                       markerfacecolor=colour if filled else "white")[0] for _, marker, colour, filled in styles]
+                                       markerfacecolor=colour if filled else "white")[0] for marker, colour, filled in styles]
         figure.legend(handles, runs, loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
 
     return _svg(draw, (2.2 + 6.0 * min(1, len(panels)) + 3.4 * (len(panels) - 1), 1.3 + len(names) * (0.16 + 0.13 * len(runs))))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -240,7 +240,7 @@ def utilisation(both, without) -> Measure:
     Conditional utilisation rate of arXiv 2202.05306. u(image | text) = (B - T) / B, u(text | image) = (B - V) / B.
     """
     both, without = (np.atleast_2d(np.asarray(one, dtype=float)).mean(axis=0) for one in (both, without))
-    return Measure((both, without), lambda b, o: _ratio(b - o, b), n=len(both), undefined="no item is right with both")
+    return Measure((both, without), lambda b, o: _ratio(b - o, b), n=len(both), undefined="no item is right in the view both")
 
 
 def perceptual_score(right, shuffled) -> Measure:
@@ -249,7 +249,7 @@ def perceptual_score(right, shuffled) -> Measure:
     The first accuracy is that of the own picture; the authors' code permutes in both terms, which is not done here. Each
     item has one other item's picture, the same for every model, where the paper's permutation is drawn at random.
     """
-    return utilisation(right, shuffled)
+    return replace(utilisation(right, shuffled), undefined="no item is right with its own picture")
 
 
 def perceptual_score_majority(right, shuffled, majority: float) -> Measure:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import scipy.stats
@@ -164,11 +165,6 @@ def paired_gap(text_correct, vision_correct, *, clusters=None, seed=0) -> Gap:
     found = mean_interval(text - vision, clusters=clusters, seed=seed)
     return Gap(found.value, found.se, found.low, found.high, mcnemar(text_correct, vision_correct), found.n,
                found.n_clusters, found.note)
-
-
-def image_gain(vision_correct, blind_correct, *, clusters=None, seed=0) -> Gap:
-    """accuracy(vision) - accuracy(blind) on the same items: what the picture is worth. Arguments as in paired_gap."""
-    return paired_gap(vision_correct, blind_correct, clusters=clusters, seed=seed)
 
 
 def gap_change(before, after, *, clusters=None, seed=0) -> Change:
@@ -340,18 +336,22 @@ def bootstrap(statistic: Callable, columns: Sequence[np.ndarray], codes: np.ndar
     # A mean needs only each cluster's sum and size, and a draw of clusters only how often each was drawn.
     sizes = np.bincount(codes, minlength=count)
     sums = np.stack([*(np.bincount(codes, weights=column, minlength=count) for column in columns), sizes], axis=1)
-    rng, found = np.random.default_rng(seed), []
-    batch = max(1, 2_000_000 // count)
-    for start in range(0, RESAMPLES, batch):
-        draws = rng.integers(0, count, (min(batch, RESAMPLES - start), count))
-        rows = np.arange(len(draws))[:, None] * count
-        times = np.bincount((draws + rows).ravel(), minlength=draws.size).reshape(draws.shape)
-        totals = times.astype(float) @ sums
-        with np.errstate(divide="ignore", invalid="ignore"):
-            found.append(statistic(*(totals[:, :-1] / totals[:, -1:]).T))
-    # nan where the statistic is undefined in one of the draws
-    low, high = np.quantile(np.concatenate(found), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    totals = np.concatenate([times @ sums for times in _drawn(count, seed, RESAMPLES)])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = statistic(*(totals[:, :-1] / totals[:, -1:]).T)
+    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])  # nan where it is undefined in one of the draws
     return float(low), float(high)
+
+
+@lru_cache(maxsize=1)  # all measures of a task draw alike
+def _drawn(count: int, seed: int, resamples: int) -> list[np.ndarray]:
+    """How often each cluster was drawn: arrays (draws, count) that add up to `resamples` draws of `count` clusters."""
+    rng, rows, times = np.random.default_rng(seed), max(1, 2_000_000 // count), []
+    for start in range(0, resamples, rows):
+        draws = rng.integers(0, count, (min(rows, resamples - start), count))
+        places = draws + np.arange(len(draws))[:, None] * count
+        times.append(np.bincount(places.ravel(), minlength=draws.size).reshape(draws.shape).astype(np.uint16))
+    return times
 
 
 def _clustered_se(values: np.ndarray, codes: np.ndarray, count: int) -> float:

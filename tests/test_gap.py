@@ -260,6 +260,8 @@ def test_items_that_a_view_cannot_show_are_left_out_of_every_view(tmp_path):
     assert found["n"] == 160 and found["views"]["vision"]["n"] == found["views"]["both"]["n"] == 160
     assert "40 items cannot be shown in every view (40 not in both) and are left out of all numbers" in found["warnings"]
     assert found["left_out"] == {"n": 40, "views": {"both": 40}}
+    none = write_run(tmp_path / "none", {"both": 1.0}, edit=lambda rows: rows[:150], info={"finished": True})
+    assert read_run(none).left_out == {"twins": {"n": 50, "views": {"both": 50}}}, "those that no view can show as well"
     fewer = write_run(tmp_path / "fewer", {"vision": 0.5}, info={"finished": True})
     with pytest.raises(AnswersError, match="in one of them only; items that a view cannot show .* in the same views"):
         check_pair(read_side("x", str(run)), read_side("y", str(fewer)))

@@ -7,11 +7,12 @@ from data_prep.problem import View
 from training.collate import answer_numbers
 from training.config import Consistency, CrossModalKL, Loss, RecipeError, load_recipe
 from training.losses import cross_modal_kl, evidence_weights, jensen_shannon
-from training.objective import Answers, Objective, needs
+from training.objective import VIEWS, Answers, Objective, needs
 
 from .running import metrics, refusal, run
 from .test_train import norm_of, one_step, seeded, uneven  # noqa: F401  a fixture
 
+BOTH = torch.full((9,), VIEWS.index(View.both))
 KL = Loss(cross_modal_kl=CrossModalKL(coef=0.5))
 
 
@@ -66,6 +67,28 @@ def test_answer_numbers_by_hand():
     assert answer_numbers(labels).tolist() == [0, 0, 1, 2, 2, 2, 2]
 
 
+def test_only_some_drawn_views_take_part(recipe_file):
+    """Drawn as text: no divergence, and shown to the teacher as it was drawn. Drawn as vision: as ever."""
+    kl = {"coef": 1.0, "answers": "all", "drawn": ["vision"]}
+    some = Loss(cross_modal_kl=CrossModalKL(drawn=["vision"]))
+    assert set(needs(some, View.vision)) == {View.both, View.vision} and needs(some, View.text) == (View.text,)
+    assert set(Objective(some, {View.vision, View.text}).extra) == {"teacher"}
+    path = recipe_file(views={"vision": 0.5, "text": 0.5}, batch=8, micro_batch=8, loss={"cross_modal_kl": kl})
+    trainer = seeded(path)
+    batch = trainer.data_collator([{"draw": n} for n in range(8)])
+    encoder, teacher = trainer.data_collator.encoder, batch["roles"]["teacher"]
+    drawn = [trainer.data_collator.plan.draw(n).view for n in range(8)]
+    assert [VIEWS[n] for n in batch["views"]] == drawn and {View.vision, View.text} == set(drawn)
+    for row, view in enumerate(drawn):
+        image = bool((teacher["input_ids"][row] == encoder.image_id).any())
+        assert image == (view is View.vision) and "Facts: " in encoder.tokenizer.decode(teacher["input_ids"][row])
+    # A batch of text alone has a divergence of nothing.
+    text = recipe_file(name="text", views={"text": 1.0}, batch=8, micro_batch=8, loss={"cross_modal_kl": {**kl, "coef": 9.0}})
+    assert one_step(text)[0] == one_step(text, "loss.cross_modal_kl=null")[0]
+    with pytest.raises(RecipeError, match="loss.cross_modal_kl.drawn: no such view: words"):
+        needs(Loss(cross_modal_kl=CrossModalKL(drawn=["words"])), View.both)
+
+
 # -- what they add up to ---------------------------------------------------------------------------
 
 
@@ -84,7 +107,7 @@ def test_cross_modal_kl_by_hand():
     main, student = answers([-1.0, -1.0, -1.0], [True, False, True]), answers([-2.0, -2.0, -3.0])
     objective = Objective(KL, {View.both})
     number = torch.tensor([0, 0, 1])
-    loss, shown = objective(looking(main=main, student=student), torch.ones(3), number, 3.0, 6.0)
+    loss, shown = objective(looking(main=main, student=student), torch.ones(3), number, BOTH[:3], 3.0, 6.0)
     kl = torch.e**2 - 3
     assert loss.item() == pytest.approx(1 + 0.5 * kl / 6, rel=1e-6)
     loss.backward()
@@ -92,7 +115,7 @@ def test_cross_modal_kl_by_hand():
     assert student.log_probs.grad.tolist() == pytest.approx([0, 0, 0.5 * (1 - torch.e**2) / 6])
     assert shown["teacher_right"] == 1 and shown["cross_modal_kl"].item() == pytest.approx(kl, rel=1e-6)
     everything = Objective(Loss(cross_modal_kl=CrossModalKL(coef=0.5, answers="all")), {View.both})
-    loss, _ = everything(looking(main=main, student=student), torch.ones(3), number, 3.0, 6.0)
+    loss, _ = everything(looking(main=main, student=student), torch.ones(3), number, BOTH[:3], 3.0, 6.0)
     assert loss.item() == pytest.approx(1 + 0.5 * (2 * (torch.e - 2) + kl) / 6, rel=1e-6)
 
 
@@ -100,7 +123,7 @@ def test_evidence_by_hand():
     """p with the picture 0.5 and 0.2, without 0.1 and 0.2: weights 0.2 + 0.8 * 0.4 = 0.52 and 0.2."""
     main, without = answers(torch.tensor([0.5, 0.2]).log().tolist()), answers(torch.tensor([0.1, 0.2]).log().tolist())
     objective = Objective(Loss(weigh="evidence", evidence_floor=0.2), {View.vision})
-    loss, shown = objective(looking(main=main, without_picture=without), torch.ones(2), torch.tensor([0, 1]), 2.0, 2.0)
+    loss, shown = objective(looking(main=main, without_picture=without), torch.ones(2), torch.tensor([0, 1]), BOTH[:2], 2.0, 2.0)
     assert loss.item() == pytest.approx((0.52 * 0.693147 + 0.2 * 1.609438) / 2, rel=1e-5)
     assert shown["evidence"].item() == pytest.approx(0.72)
     loss.backward()

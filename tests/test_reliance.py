@@ -145,6 +145,7 @@ def test_utilisation_and_perceptual_score() -> None:
     right, shuffled = [1, 1, 1, 0], [1, 0, 0, 0]
     assert value(reliance.perceptual_score(right, shuffled)) == pytest.approx((0.75 - 0.25) / 0.75)
     assert value(reliance.perceptual_score_majority(right, shuffled, 0.2)) == pytest.approx((0.75 - 0.25) / 0.8)
+    assert estimate(reliance.perceptual_score([0, 0], [1, 0])).note == "no item is right with its own picture"
     assert "always right" in estimate(reliance.perceptual_score_majority(right, shuffled, 1.0)).note
 
 
@@ -196,11 +197,17 @@ def test_interval_is_the_bootstrap_of_stats() -> None:
 
 def test_interval_is_that_of_scipy() -> None:
     draw = np.random.default_rng(6)
-    top, bottom, groups = draw.random(90), draw.random(90), [f"g{number // 9}" for number in range(90)]
-    found = estimate(Measure((top, bottom), lambda a, b: a / b, n=90), groups, seed=5)
-    sums = (top.reshape(10, 9).sum(axis=1), bottom.reshape(10, 9).sum(axis=1))
-    known = scipy.stats.bootstrap(sums, lambda a, b, axis: a.sum(axis=axis) / b.sum(axis=axis), paired=True, vectorized=True,
-                                  n_resamples=stats.RESAMPLES, method="percentile", rng=np.random.default_rng(5))
+    groups = np.repeat(np.arange(12), draw.integers(1, 9, 12))  # of unlike sizes
+    top, bottom = draw.random((2, len(groups)))
+    found = estimate(Measure((top, bottom), lambda a, b: a / b + a, n=len(groups)), groups, seed=5)
+    sums = [np.bincount(groups, one) for one in (top, bottom, np.ones(len(groups)))]
+
+    def by_hand(a, b, size, axis):
+        a, b, size = (one.sum(axis=axis) for one in (a, b, size))
+        return a / b + a / size
+
+    known = scipy.stats.bootstrap(sums, by_hand, paired=True, vectorized=True, n_resamples=stats.RESAMPLES,
+                                  method="percentile", rng=np.random.default_rng(5))
     assert (found.low, found.high) == pytest.approx(tuple(known.confidence_interval), abs=1e-12)
 
 

@@ -178,6 +178,10 @@ def test_one_run_is_enough(tmp_path):
     assert "Changes" not in page and "gap: needs the view both" in page
 
 
+def test_twelve_runs_look_different():
+    assert len({plots._run_style(number) for number in range(12)}) == 12
+
+
 def test_rendered_has_a_column_where_it_was_asked(tmp_path):
     words = [f"{name}={write_run(tmp_path / name, {'vision': 0.8, 'rendered': share})}"
              for name, share in (("a", 0.6), ("b", 0.7))]

@@ -365,10 +365,11 @@ def test_a_rank_without_pictures_makes_all_gradients_in_the_usual_order(recipe_f
             assert (parameter.grad.abs().sum() > 0) == (tower_of(name) == "language")
 
 
-def test_two_processes_train_as_one(recipe_file, uneven):
+@pytest.mark.parametrize("loss", ({}, {"cross_modal_kl": {"coef": 1.0, "answers": "all"}}), ids=("nll", "cross_modal_kl"))
+def test_two_processes_train_as_one(recipe_file, uneven, loss):
     """Same global batch, text-only rows on some ranks: the same losses and, but for rounding, the same adapter."""
     changes = dict(
-        problems=uneven, views={"vision": 0.4, "text": 0.6}, steps=4, batch=4, micro_batch=1, save={"every": 2}
+        problems=uneven, views={"vision": 0.4, "text": 0.6}, steps=4, batch=4, micro_batch=1, save={"every": 2}, loss=loss
     )
     path = recipe_file(name="two", **changes)
     with socket.socket() as free:
@@ -393,7 +394,7 @@ def test_two_processes_train_as_one(recipe_file, uneven):
     assert process.returncode == 0, said[-3000:]
     two, one = Path(load_recipe(path).run_dir), run(recipe_file(name="one", **changes))
     assert [row["step"] for row in metrics(two)] == [1, 2, 3, 4]
-    for key in ("loss", "grad_norm", "token_accuracy", "entropy"):
+    for key in ("loss", "grad_norm", "token_accuracy", "entropy", *loss):
         assert [row[key] for row in metrics(two)] == pytest.approx([row[key] for row in metrics(one)], rel=1e-4)
     mine, theirs = weights(two), weights(one)
     assert set(mine) == set(theirs)

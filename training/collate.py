@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from data_prep.encode import Encoded, Encoder
+from data_prep.problem import View
 from training.config import Loss, Model, RecipeError
-from training.objective import Objective, Role
+from training.objective import VIEWS, Objective
 
 IGNORED = -100          # a label that is not trained
 
@@ -43,8 +44,8 @@ def loss_weights(trained: np.ndarray, weigh: Literal["tokens", "rows"]) -> np.nd
 class Collator:
     """Draws to a batch: what Encoder.batch gives, and labels and loss_weight of shape (batch, tokens).
 
-    Also `stage`, the number of the stage that the draws belong to, and `roles`: by name, the same problems with the same answers
-    in the view of each role that the stage's objective asks for.
+    Also `stage`, the number of the stage that the draws belong to; `views`, (batch,) numbers of the views they were drawn in; and
+    `roles`: by name, the same problems with the same answers in the view of each role that the stage's objective asks for.
 
     Rendering, decoding and tokenising happen here, in the data loader's workers when there are any.
 
@@ -62,7 +63,8 @@ class Collator:
         objective = self.objectives[stage]
         batch: dict[str, Any] = self._batch(draws, objective)
         batch["stage"] = stage
-        batch["roles"] = {name: self._batch([_shown_in(role, draw) for draw in draws], objective)
+        batch["views"] = torch.tensor([VIEWS.index(getattr(draw, "view", View.vision)) for draw in draws])
+        batch["roles"] = {name: self._batch([draw._replace(view=role.view_of(draw.view)) for draw in draws], objective)
                           for name, role in objective.extra.items()}
         return batch
 
@@ -79,10 +81,6 @@ class Collator:
         batch["loss_weight"] = weight
         batch["labels"] = batch["input_ids"].masked_fill(weight == 0, IGNORED)
         return batch
-
-
-def _shown_in(role: Role, draw):
-    return draw._replace(view=role.shown[draw.view])
 
 
 def answer_numbers(labels: torch.Tensor) -> torch.Tensor:

@@ -88,6 +88,7 @@ class CrossModalKL:
     estimator: Literal["k3", "forward", "full", "distill"] = "k3"
     clamp: Amount | None = None                 # of k3: 10 is what was published; its gradient is 0 beyond it
     answers: Literal["right", "all"] = "right"  # right: only those whose every token is the teacher's first choice
+    drawn: list[str] | None = None              # only problems drawn in these views take part; null: all
 
 
 @dataclass(config=_STRICT, frozen=True)

@@ -32,7 +32,7 @@ def step_tokens(stage: PlannedStage, encoder: Encoder) -> tuple[float, float, fl
     view and of every role that learns."""
     learning = [role for role in stage.objective.extra.values() if role.learns]
     rows = [np.sum([stage.mixture.mean_tokens(part, encoder, view=view)
-                    for view in (part.view, *(role.shown[part.view] for role in learning))], axis=0)
+                    for view in (part.view, *(role.view_of(part.view) for role in learning))], axis=0)
             for part in stage.mixture.parts]
     return tuple(np.average(rows, axis=0, weights=[part.rate for part in stage.mixture.parts]).tolist())
 

@@ -164,7 +164,8 @@ class Mixture:
     def _add_parts(self, name: str, source: Source, needs: Needs) -> None:
         for view in source.views:
             if view not in View.__members__:
-                raise RecipeError(f"{self.path}: sources.{name}.views: no such view: {view}; views: {', '.join(View.__members__)}")
+                raise RecipeError(f"{self.path}: sources.{name}.views: no such view: {view}; "
+                                  f"views: {', '.join(View.__members__)}")
         first = len(self.parts)
         able = {view: self._able(name, {View(view), *needs(View(view))}) for view in source.views}
         if source.paired:
@@ -176,7 +177,8 @@ class Mixture:
                 raise RecipeError(f"{self.path}: sources.{name}: a rendered picture holds one question, so turns must be 1")
             if not able[view]:
                 also = "".join(f" and as {other.value}" for other in shown[1:] if other is not shown[0])
-                raise RecipeError(f"{self.path}: sources.{name}.views: no problem of {source.problems} can be shown as {view}{also}")
+                raise RecipeError(f"{self.path}: sources.{name}.views: no problem of {source.problems} can be shown as "
+                                  f"{view}{also}")
             units = self._units(name, able[view], source.turns)
             limit = float("inf") if source.max_epochs is None else round(source.max_epochs * len(units))
             order = first if source.paired else len(self.parts)
@@ -203,11 +205,12 @@ class Mixture:
             left = limits - np.bincount(entries[:begin], minlength=len(rates))
             edges = np.cumsum(np.where(left > 0, rates, 0.0))
             if edges[-1] == 0:
-                raise RecipeError(f"{self.path}: all sources are used up after {begin} of {draws} conversations; raise max_epochs "
-                                  "or train for fewer steps")
+                raise RecipeError(f"{self.path}: all sources are used up after {begin} of {draws} conversations; raise "
+                                  "max_epochs or train for fewer steps")
             entries[begin:] = np.searchsorted(edges / edges[-1], chances[begin:], side="right")
             # As far as the first draw that some part can no longer serve; from there on without that part.
-            used = [begin + np.flatnonzero(entries[begin:] == i)[int(left[i]):][:1] for i in np.flatnonzero(np.isfinite(left))]
+            limited = np.flatnonzero(np.isfinite(left))
+            used = [begin + np.flatnonzero(entries[begin:] == i)[int(left[i]):][:1] for i in limited]
             begin = min((int(place[0]) for place in used if place.size), default=draws)
         turns = np.zeros(draws, dtype=np.int64)
         for i in range(len(self.parts)):
@@ -244,7 +247,8 @@ class Mixture:
         The picture and the facts are shown once, in the first turn; the later turns are questions alone.
         """
         problems, others = self.problems[draw.source], self.partners[draw.source]
-        prompts = [render(problems[i], draw.view if turn == 0 else View.blind, others[i], rationale=self.sources[draw.source].rationale)
+        rationale = self.sources[draw.source].rationale
+        prompts = [render(problems[i], draw.view if turn == 0 else View.blind, others[i], rationale=rationale)
                    for turn, i in enumerate(draw.problems)]
         messages = [message for prompt in prompts
                     for message in (*prompt.messages, {"role": "assistant", "content": prompt.target})]

@@ -1,7 +1,8 @@
 """Which views a loss needs of a drawn problem, and how its terms are put together: one scalar per micro-batch.
 
-A loss names roles: a role shows every problem of the batch in a view that depends on the view it was drawn in. The collator builds
-exactly those batches, the trainer runs exactly those, and the terms here see nothing but log-probabilities of the answers' tokens.
+A loss names roles: a role shows every problem of the batch in a view that depends on the view it was drawn in. The collator
+builds exactly those batches, the trainer runs exactly those, and the terms here see nothing but log-probabilities of the answers'
+tokens.
 """
 
 from collections.abc import Callable, Collection
@@ -12,11 +13,14 @@ import torch
 from torch import Tensor
 
 from data_prep.problem import View
-from training.config import Loss, RecipeError
+from training.config import CrossModalKL, Loss, RecipeError
 from training.losses import cross_modal_kl, evidence_weights, jensen_shannon, weighted_nll
 
 WITHOUT_PICTURE = {View.both: View.text, View.vision: View.blind}
 OTHER_SIDE = {View.both: View.vision, View.vision: View.both}
+
+
+VIEWS = tuple(View)             # a view's number, as batches carry it, is its place here
 
 
 class Role(NamedTuple):
@@ -24,6 +28,11 @@ class Role(NamedTuple):
     shown: dict[View, View]     # drawn view -> view of this role
     learns: bool                # whether a gradient flows through it
     full: bool = False          # whether the whole distribution is needed, not only the answer's token
+    some: bool = False          # problems drawn in other views take no part, and are shown as they were drawn
+
+    def view_of(self, drawn: View) -> View:
+        """The view in which a drawn problem is shown. KeyError when there is none."""
+        return self.shown.get(drawn, drawn) if self.some else self.shown[drawn]
 
 
 @dataclass
@@ -43,17 +52,22 @@ def roles(loss: Loss) -> dict[str, Role]:
     """
     found = {}
     if (kl := loss.cross_modal_kl) is not None and kl.coef > 0:
-        for key, view in (("teacher", kl.teacher), ("student", kl.student)):
-            if view not in View.__members__:
-                raise RecipeError(f"loss.cross_modal_kl.{key}: no such view: {view}; views: {', '.join(View.__members__)}")
-        full = kl.estimator == "full"
-        found["teacher"] = Role({view: View(kl.teacher) for view in View}, False, full)
-        found["student"] = Role({view: View(kl.student) for view in View}, True, full)
+        for key, names in (("teacher", [kl.teacher]), ("student", [kl.student]), ("drawn", kl.drawn or ())):
+            for view in names:
+                if view not in View.__members__:
+                    raise RecipeError(f"loss.cross_modal_kl.{key}: no such view: {view}; views: {', '.join(View.__members__)}")
+        full, drawn = kl.estimator == "full", _taking_part(kl)
+        found["teacher"] = Role({view: View(kl.teacher) for view in drawn}, False, full, kl.drawn is not None)
+        found["student"] = Role({view: View(kl.student) for view in drawn}, True, full, kl.drawn is not None)
     if loss.consistency is not None and loss.consistency.coef > 0:
         found["other_side"] = Role(OTHER_SIDE, True, True)
     if loss.weigh == "evidence":
         found["without_picture"] = Role(WITHOUT_PICTURE, False)
     return found
+
+
+def _taking_part(kl: CrossModalKL) -> tuple[View, ...]:
+    return VIEWS if kl.drawn is None else tuple(View(name) for name in kl.drawn)
 
 
 def needs(loss: Loss, drawn: View) -> tuple[View, ...]:
@@ -64,10 +78,10 @@ def needs(loss: Loss, drawn: View) -> tuple[View, ...]:
     """
     views = []
     for name, role in roles(loss).items():
-        if drawn not in role.shown:
+        if drawn not in role.shown and not role.some:
             raise RecipeError(f"loss: the mixture draws the view {drawn.value}, for which there is no {name.replace('_', ' ')}; "
                               f"it may draw {', '.join(view.value for view in role.shown)}")
-        views.append(role.shown[drawn])
+        views.append(role.view_of(drawn))
     return tuple(dict.fromkeys(views))
 
 
@@ -76,7 +90,7 @@ def extra_roles(loss: Loss, drawn: Collection[View]) -> dict[str, Role]:
 
     Decided for the mixture and not for a batch, so that all ranks run the same passes.
     """
-    return {name: role for name, role in roles(loss).items() if any(role.shown[view] is not view for view in drawn)}
+    return {name: role for name, role in roles(loss).items() if any(role.view_of(view) is not view for view in drawn)}
 
 
 class Objective:
@@ -96,13 +110,14 @@ class Objective:
         """Whether the drawn view's whole distribution is needed."""
         return any(role.full for name, role in self.roles.items() if name not in self.extra or name == "other_side")
 
-    def __call__(self, look: Callable[[str | None, bool, bool], Answers], loss_weight: Tensor, answer: Tensor,
+    def __call__(self, look: Callable[[str | None, bool, bool], Answers], loss_weight: Tensor, answer: Tensor, view: Tensor,
                  total: Tensor | float, tokens: Tensor | float) -> tuple[Tensor, dict[str, Tensor]]:
         """
         Args:
             look: (name of a role or None for the drawn view, learns, full) -> the answers in that view.
             loss_weight: (tokens,) of the answers' tokens.
             answer: (tokens,) which answer of the micro-batch a token belongs to, counted from 0.
+            view: (tokens,) number of the view that the token's problem was drawn in; see VIEWS.
             total: loss_weight of the whole optimizer step; see losses.weighted_nll.
             tokens: number of answer tokens in the whole optimizer step. Terms that are means over tokens are divided by it, and
                 not by what a micro-batch happens to hold, so that the gradient does not depend on how the step is cut.
@@ -121,7 +136,9 @@ class Objective:
         if "teacher" in sides:
             kl = self.loss.cross_modal_kl
             teacher, student = sides["teacher"], sides["student"]
-            mask = _answers_right(teacher.right, answer) if kl.answers == "right" else torch.ones_like(teacher.log_probs)
+            mask = torch.isin(view, view.new_tensor([VIEWS.index(one) for one in _taking_part(kl)])).float()
+            if kl.answers == "right":
+                mask = mask * _answers_right(teacher.right, answer)
             pick = (lambda side: side.distribution) if kl.estimator == "full" else (lambda side: side.log_probs)
             value = cross_modal_kl(pick(teacher), pick(student), mask, estimator=kl.estimator, clamp=kl.clamp) * mask.sum()
             loss = loss + kl.coef * value / _at_least_one(tokens)

@@ -16,8 +16,8 @@ from training.config import Loss, Recipe, RecipeError
 from training.mixture import Draw, Mixture
 from training.objective import Objective, needs
 
-# Seeds of later stages, so far from the numbers of parts and epochs that no two orders are drawn alike. The first stage's order is
-# that of the seed alone.
+# Seeds of later stages, so far from the numbers of parts and epochs that no two orders are drawn alike. The first stage's order
+# is that of the seed alone.
 STAGE_SEED = 2**20
 PLAN_FILE = "plan.json"
 
@@ -53,7 +53,7 @@ class Plan:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        """Raises RecipeError and ProblemError as Mixture does, and RecipeError for a loss that its mixture's views do not allow."""
+        """Raises RecipeError and ProblemError as Mixture does; RecipeError also for a loss that its mixture's views do not allow."""
         self.batch, self.seed = recipe.batch, recipe.seed
         starts, cache = recipe.stage_starts, {}
         self.stages: list[PlannedStage] = []
@@ -105,6 +105,7 @@ class Plan:
             raise RecipeError(f"{path}: cannot be read, so the order of the data cannot be continued: {error}") from error
         now = self.state(step)
         if differing := [key for key in now if saved.get(key) != now[key]]:
-            raise RecipeError(f"{path}: the order of the data is not the one the run began with; it differs in {', '.join(differing)}")
+            raise RecipeError(f"{path}: the order of the data is not the one the run began with; it differs in "
+                              f"{', '.join(differing)}")
 
 

@@ -99,27 +99,30 @@ class VisionSFTTrainer(SFTTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         if not batch_samples:
             return None
-        sums = torch.stack([torch.stack([batch["loss_weight"][:, 1:].sum(), (batch["labels"][:, 1:] != IGNORED).sum()])
-                            for batch in batch_samples]).sum(0).to(device)
+        sums = sum(torch.stack([batch["loss_weight"][:, 1:].sum(), (batch["labels"][:, 1:] != IGNORED).sum()])
+                   for batch in batch_samples).to(device)
         total, self._tokens = self.accelerator.gather(sums[None]).sum(0)
         return total
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         objective = self.data_collator.objectives[inputs.pop("stage")]
-        views = {**inputs.pop("roles"), None: inputs}
+        drawn = inputs.pop("views")
+        batches = {**inputs.pop("roles"), None: inputs}
         trained = inputs["labels"][:, 1:] != IGNORED
         weight = inputs["loss_weight"][:, 1:][trained]
         looks: dict[str | None, Answers] = {}
 
         def look(role: str | None, learns: bool, full: bool) -> Answers:
-            looks[role] = self._look(model, views[role], learns, full)
+            looks[role] = self._look(model, batches[role], learns, full)
             return looks[role]
 
+        count = weight.new_tensor(len(weight))
         # Outside an optimizer step (an evaluation loop) the batch stands alone.
-        total, tokens = (weight.sum(), weight.new_tensor(len(weight))) if num_items_in_batch is None else (num_items_in_batch, self._tokens)
-        loss, shown = objective(look, weight, answer_numbers(inputs["labels"]), total, tokens)
+        total, tokens = (weight.sum(), count) if num_items_in_batch is None else (num_items_in_batch, self._tokens)
+        view = drawn[trained.nonzero()[:, 0]]
+        loss, shown = objective(look, weight, answer_numbers(inputs["labels"]), view, total, tokens)
         main = looks[None]
-        self._count({"tokens": weight.new_tensor(len(weight)), "token_accuracy": main.right.sum(), "entropy": main.entropy.sum(), **shown})
+        self._count({"tokens": count, "token_accuracy": main.right.sum(), "entropy": main.entropy.sum(), **shown})
         # Ranks average their gradients, while the totals are those of all ranks.
         loss = loss * self.accelerator.num_processes
         return (loss, main) if return_outputs else loss
@@ -130,7 +133,8 @@ class VisionSFTTrainer(SFTTrainer):
         trained = labels[:, 1:] != IGNORED
         batch = {key: value for key, value in batch.items() if key != "loss_weight"}
         with nullcontext() if learns else torch.no_grad():
-            blank = self._blank_features() if learns and self.accelerator.num_processes > 1 and "pixel_values" not in batch else None
+            alone = "pixel_values" not in batch and self.accelerator.num_processes > 1
+            blank = self._blank_features() if learns and alone else None
             if full:
                 logps = model(**batch, use_cache=False, answer_logits=True).logits.float().log_softmax(-1)
                 wanted = labels[:, 1:][trained]
@@ -138,7 +142,8 @@ class VisionSFTTrainer(SFTTrainer):
                                 -(logps.exp() * logps).sum(-1).detach(), logps)
             else:
                 outputs = model(**batch, use_cache=False, fused_lm_head=True)
-                found = Answers(outputs.log_probs[trained], outputs.is_top1[trained].bool(), outputs.entropy[trained].detach(), None)
+                found = Answers(outputs.log_probs[trained], outputs.is_top1[trained].bool(),
+                                outputs.entropy[trained].detach(), None)
             if blank is not None:
                 found.log_probs = found.log_probs + 0 * blank
         return found
