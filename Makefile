@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test setup results curve case-study rationale
+.PHONY: demo test setup results curve case-study
 
 # The main job on the embedded model: the gap of the base model, after an ordinary recipe and after a vision-centric one.
 # Interrupt it and run it again: everything continues where it was.
@@ -30,7 +30,7 @@ test: $(SETUP)
 
 # The numbers and the figures of the README and recipes/README.md: every recipe of the ladder with three seeds. About an hour and a
 # half on two cores; interrupt it and run it again.
-LADDER := full-text no-text mix curriculum cross-modal-kl kl-curriculum vision-centric rows evidence consistency
+LADDER := full-text no-text mix curriculum cross-modal-kl kl-curriculum vision-centric no-text-kl consistency evidence rows
 RESULTS := runs/results
 comma := ,
 empty :=
@@ -46,6 +46,27 @@ ladder-%:
 	$(PY) train.py recipes/demo/$(subst -,_,$(word 1,$(subst -seed, ,$*))).yaml seed=$(word 2,$(subst -seed, ,$*)) --resume
 	$(PY) -m eval.run --model assets/tiny --adapter $(DEMO)/$*/adapter --tasks twins,twins_new \
 		--seed $(word 2,$(subst -seed, ,$*)) --out $(RESULTS)/$*
+
+# Does the ordinary recipe open the gap over training? Its checkpoints and those of its counterpart, asked in the two views of the gap.
+CURVE := full-text no-text
+STEPS := 60 120
+plus := +
+folders = $(subst $(empty) $(empty),$(plus),$(foreach seed,0 1 2,$(RESULTS)/curve/$(1)-seed$(seed)-step$(2)))
+last = $(subst $(comma),$(plus),$(call seeds,$(1)))
+curve:
+	$(MAKE) --no-print-directory -j2 $(foreach recipe,$(CURVE),$(foreach seed,0 1 2,$(STEPS:%=curve-$(recipe)-seed$(seed)-step%)))
+	$(PY) -m eval.curve --task twins --out results/demo/curve.json \
+		$(foreach recipe,$(CURVE),$(recipe)=0:$(RESULTS)/base$(foreach step,$(STEPS),$(comma)$(step):$(call folders,$(recipe),$(step)))$(comma)180:$(call last,$(recipe)))
+
+curve-%:
+	$(PY) -m eval.run --model assets/tiny --tasks twins --views both,vision --out $(RESULTS)/curve/$* \
+		--adapter $(DEMO)/$(word 1,$(subst -step, ,$*))/checkpoints/checkpoint-$(word 2,$(subst -step, ,$*))
+
+# How much the answers depend on the picture, before and after.
+case-study:
+	$(PY) -m eval.case_study --model assets/tiny --tasks twins --limit 600 --out $(RESULTS)/case-study \
+		--adapter full-text=$(DEMO)/full-text-seed0/adapter --adapter no-text-kl=$(DEMO)/no-text-kl-seed0/adapter
+	cp $(RESULTS)/case-study/case_study.json $(RESULTS)/case-study/case_study.svg results/demo/
 
 # A virtual environment of its own, renewed when requirements.txt changes.
 setup: $(SETUP)

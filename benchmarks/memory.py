@@ -27,6 +27,16 @@ def estimated_gb(shown: str) -> float:
     return float(found[1])
 
 
+def compare(run_dir: Path, estimate: float) -> dict:
+    """The estimate in GB beside the largest peak of a finished run, with the run's parents."""
+    info = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    peak = max(row["peak_memory_gb"] for row in rows)
+    parents = {key: info[key] for key in ("commit", "dirty", "packages", "python", "device", "threads")}
+    return {"estimated_gb": estimate, "measured_gb": peak, "estimate_to_measured_ratio": round(estimate / peak, 4),
+            "seconds": info["seconds"], "steps": info["steps"], "loss": [row["loss"] for row in rows], **parents}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.splitlines()[0])
     parser.add_argument("recipe")
@@ -43,15 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"error: {error}") from error
     except subprocess.CalledProcessError as error:
         raise SystemExit((error.stderr or "").strip() or f"error: {' '.join(command)} failed") from error
-    info = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    peak = max(row["peak_memory_gb"] for row in rows)
+    found = compare(run_dir, estimate)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.out, {
-        "recipe": args.recipe, "overrides": args.overrides, "estimated_gb": estimate, "measured_gb": peak,
-        "estimate_to_measured_ratio": round(estimate / peak, 4), "seconds": info["seconds"], "steps": info["steps"],
-        "loss": [row["loss"] for row in rows], **{key: info[key] for key in ("commit", "dirty", "packages", "python", "device", "threads")}})
-    print(f"{args.out}: estimated {estimate:.1f} GB, measured {peak:.1f} GB")
+    write_json(args.out, {"recipe": args.recipe, "overrides": args.overrides, **found})
+    print(f"{args.out}: estimated {estimate:.1f} GB, measured {found['measured_gb']:.1f} GB")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,17 @@ def test_every_unit_comes_once_before_any_comes_again(mixture, turns):
         assert len(epochs) >= 3 and all(sorted(epoch) == list(range(n)) for epoch in epochs[:-1])
         assert len(set(epochs[-1])) == len(epochs[-1])
         assert epochs[0] != epochs[1], "the same order in every epoch"
+
+
+def test_a_published_form_is_a_conversation_of_its_own(problems, tmp_path):
+    rows = [replace(row, meta={"published": {"both": {"question": "as published?"}}}) if row.id == "2-1" else row
+            for row in read_problems(problems)]
+    write_problems(problems.with_name("published.jsonl"), rows)
+    source = {"problems": str(problems.with_name("published.jsonl")), "turns": 3, "views": {"both": 0.5, "vision": 0.5}}
+    both, vision = Mixture(mixture_file(tmp_path, {"demo": source}), seed=0, draws=10).parts
+    place = [row.id for row in rows].index("2-1")
+    assert (place,) in both.units and (place - 1, place + 1) in both.units
+    assert (place - 1, place, place + 1) in vision.units
 
 
 def test_turns_are_questions_about_one_picture(mixture):

@@ -179,7 +179,7 @@ class Mixture:
                 also = "".join(f" and as {other.value}" for other in shown[1:] if other is not shown[0])
                 raise RecipeError(f"{self.path}: sources.{name}.views: no problem of {source.problems} can be shown as "
                                   f"{view}{also}")
-            units = self._units(name, able[view], source.turns)
+            units = self._units(name, able[view], source.turns, shown)
             limit = float("inf") if source.max_epochs is None else round(source.max_epochs * len(units))
             order = first if source.paired else len(self.parts)
             self.parts.append(Part(name, View(view), rate, source.turns, limit, order, units))
@@ -188,12 +188,16 @@ class Mixture:
         pairs = zip(self.problems[name], self.partners[name])
         return [i for i, (problem, other) in enumerate(pairs) if views <= set(possible_views(problem, other))]
 
-    def _units(self, name: str, able: list[int], turns: int) -> list[tuple[int, ...]]:
+    def _units(self, name: str, able: list[int], turns: int, shown: list[View]) -> list[tuple[int, ...]]:
+        """Conversations: problems that show the same pictures and facts. One that its data set publishes in a form of its own in
+        any of the `shown` views stands alone, because its first turn does not show what the others ask about."""
         if turns == 1:
             return [(i,) for i in able]
         shared: dict[tuple, list[int]] = {}
         for i in able:
-            shared.setdefault((self.problems[name][i].image, self.problems[name][i].facts), []).append(i)
+            problem = self.problems[name][i]
+            own = any(view.value in problem.meta.get("published", {}) for view in shown)
+            shared.setdefault((i,) if own else (problem.image, problem.facts), []).append(i)
         return [tuple(group) for group in shared.values()]
 
     def _plan(self, draws: int) -> tuple[np.ndarray, np.ndarray]:
