@@ -65,7 +65,7 @@ curve-%:
 # How much the answers depend on the picture, before and after.
 case-study:
 	$(PY) -m eval.case_study --model assets/tiny --tasks twins --limit 600 --out $(RESULTS)/case-study \
-		--adapter full-text=$(DEMO)/full-text-seed0/adapter --adapter no-text-kl=$(DEMO)/no-text-kl-seed0/adapter
+		--adapter full-text=$(DEMO)/full-text-seed0/adapter --adapter no-text=$(DEMO)/no-text-seed0/adapter
 	cp $(RESULTS)/case-study/case_study.json $(RESULTS)/case-study/case_study.svg results/demo/
 
 # A virtual environment of its own, renewed when requirements.txt changes.

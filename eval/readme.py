@@ -93,10 +93,12 @@ def results_block(summary: Mapping, task: str) -> list[str]:
     """The README's table of one task and the sentence below it."""
     rows, control = _rows(summary, task), _control(summary)
     differences = [key for key in gap.DIFFERENCES if any(row.get(key) for row in rows)]
-    cells = []
+    cells, most = [], max(row["n_seeds"] for row in rows)
     for row in rows:
         change = _change(summary, task, row["run"]) or {}
-        cells.append((f"`{row['run']}`",
+        # The base is one model; of trained runs it is said when one has fewer seeds than the others.
+        fewer = row is not rows[0] and row["n_seeds"] < most
+        cells.append((f"`{row['run']}`" + (f" ({row['n_seeds']} seed{'s' * (row['n_seeds'] > 1)})" if fewer else ""),
                       *(gap.points(row["views"][view][0]) if view in row["views"] else "-" for view in VIEWS),
                       *(gap.within(row.get(key), sign=True) for key in differences),
                       gap.within(change.get("gap"), "change", True), gap.closed(change.get("gap")).removesuffix(" %")))
