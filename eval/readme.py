@@ -126,7 +126,9 @@ def _best(summary: Mapping) -> tuple[str | None, int]:
 
     One run for all tasks: a best one per task would be chosen by each task's luck.
     """
-    found = {run["name"]: _change(summary, summary["headline"], run["name"]) for run in summary["runs"]}
+    measured = summary["tasks"][summary["headline"]]["runs"]
+    most = max(one["n_seeds"] for one in measured.values())     # a run with fewer seeds than the others may be best by luck
+    found = {name: _change(summary, summary["headline"], name) for name, one in measured.items() if one["n_seeds"] == most}
     change = {name: one["gap"]["change"] for name, one in found.items() if one is not None}
     return min(change, key=change.__getitem__, default=None), len(change)
 
