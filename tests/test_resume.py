@@ -152,7 +152,7 @@ def test_resuming_gives_the_same_weights(recipe_file, monkeypatch, all_weights):
         run(path, "--resume")
     assert done == list(range(6, 13)), "what was done before the checkpoint was done again"
     assert same(weights(straight), weights(run_dir))
-    timing = ("examples_per_s", "seconds")
+    timing = ("examples_per_s", "seconds", "peak_memory_gb")
     assert [{k: v for k, v in row.items() if k not in timing} for row in metrics(run_dir)] == [
         {k: v for k, v in row.items() if k not in timing} for row in metrics(straight)
     ]
