@@ -115,8 +115,9 @@ def test_cross_modal_kl_by_hand():
     assert student.log_probs.grad.tolist() == pytest.approx([0, 0, 0.5 * (1 - torch.e**2) / 6])
     assert shown["teacher_right"] == 1 and shown["cross_modal_kl"].item() == pytest.approx(kl, rel=1e-6)
     everything = Objective(Loss(cross_modal_kl=CrossModalKL(coef=0.5, answers="all")), {View.both})
-    loss, _ = everything(looking(main=main, student=student), torch.ones(3), number, BOTH[:3], 3.0, 6.0)
+    loss, shown = everything(looking(main=main, student=student), torch.ones(3), number, BOTH[:3], 3.0, 6.0)
     assert loss.item() == pytest.approx(1 + 0.5 * (2 * (torch.e - 2) + kl) / 6, rel=1e-6)
+    assert shown["teacher_right"] == 1, "one token of three, whichever answers take part"
 
 
 def test_evidence_by_hand():
@@ -206,7 +207,7 @@ def test_identical_views_add_nothing(recipe_file):
 
 def test_what_a_loss_measures_is_logged(recipe_file):
     rows = metrics(run(recipe_file(name="kl", views={"both": 1.0}, loss=SEVERAL["kl"])))
-    assert all(row["cross_modal_kl"] > 0 and row["teacher_right"] == 1 for row in rows)
+    assert all(row["cross_modal_kl"] > 0 and 0 <= row["teacher_right"] <= row["token_accuracy"] < 1 for row in rows)
     rows = metrics(run(recipe_file(name="evidence", views={"both": 1.0}, loss=SEVERAL["evidence"])))
     assert all(0.2 <= row["evidence"] <= 1 for row in rows)
 

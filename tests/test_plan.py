@@ -70,6 +70,8 @@ def test_stage_starts(staged, shares, steps, starts):
         ({"stages": [{"share": 1.0, "mixture": "nowhere.yaml"}]}, "stages.0.mixture: no such file: nowhere.yaml"),
         ({"stages": [{"share": 1.0, "mixtur": "a.yaml"}]}, "stages.0.mixtur: no such key; did you mean 'mixture'?"),
         ({"stages": [{"share": 1.0, "optimizer": "new"}]}, "stages.0.optimizer: "),
+        ({"stages": [{"share": 1.0, "schedule": "restart"}]}, "the first stage begins with a fresh optimizer and schedule anyway"),
+        ({"loss": {"cross_modal_kl": {"estimator": "full", "clamp": 10.0}}}, "a clamp belongs to the estimator k3, not to full"),
     ),
 )
 def test_wrong_stages(staged, change, said):

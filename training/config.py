@@ -90,6 +90,10 @@ class CrossModalKL:
     answers: Literal["right", "all"] = "right"  # right: only those whose every token is the teacher's first choice
     drawn: list[str] | None = None              # only problems drawn in these views take part; null: all
 
+    def __post_init__(self) -> None:
+        if self.clamp is not None and self.estimator != "k3":
+            raise ValueError(f"a clamp belongs to the estimator k3, not to {self.estimator}")
+
 
 @dataclass(config=_STRICT, frozen=True)
 class Consistency:
@@ -143,6 +147,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.stages and abs(sum(stage.share for stage in self.stages) - 1) > 1e-6:
             raise ValueError(f"the shares of the stages sum to {sum(stage.share for stage in self.stages):.6g}; they must sum to 1")
+        if self.stages and "restart" in (self.stages[0].optimizer, self.stages[0].schedule):
+            raise ValueError("the first stage begins with a fresh optimizer and schedule anyway; it has nothing to restart")
         if any(start == end for start, end in pairwise(self.stage_starts)):
             raise ValueError(f"steps={self.steps} are too few for {len(self.stages)} stages: one would have no step")
         if self.batch % self.micro_batch:

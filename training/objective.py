@@ -137,12 +137,13 @@ class Objective:
             kl = self.loss.cross_modal_kl
             teacher, student = sides["teacher"], sides["student"]
             mask = torch.isin(view, view.new_tensor([VIEWS.index(one) for one in _taking_part(kl)])).float()
+            right = mask * _answers_right(teacher.right, answer)
             if kl.answers == "right":
-                mask = mask * _answers_right(teacher.right, answer)
+                mask = right
             pick = (lambda side: side.distribution) if kl.estimator == "full" else (lambda side: side.log_probs)
             value = cross_modal_kl(pick(teacher), pick(student), mask, estimator=kl.estimator, clamp=kl.clamp) * mask.sum()
             loss = loss + kl.coef * value / _at_least_one(tokens)
-            shown |= {"cross_modal_kl": value.detach(), "teacher_right": mask.sum()}
+            shown |= {"cross_modal_kl": value.detach(), "teacher_right": right.sum()}
         if "other_side" in sides:
             mask = torch.ones_like(main.log_probs)
             value = jensen_shannon(main.distribution, sides["other_side"].distribution, mask) * mask.sum()
