@@ -28,8 +28,8 @@ data/twins/test_new.jsonl: $(SETUP)
 test: $(SETUP)
 	$(PY) -m pytest -q
 
-# The numbers and the figures of the README and recipes/README.md: every recipe of the ladder with three seeds. About an hour and a
-# half on two cores; interrupt it and run it again.
+# The numbers and the figures of the README and recipes/README.md: every recipe of the ladder with three seeds. Nearly two hours on
+# two cores; interrupt it and run it again.
 LADDER := full-text no-text mix curriculum cross-modal-kl kl-curriculum vision-centric no-text-kl consistency evidence rows
 RESULTS := runs/results
 comma := ,
@@ -49,14 +49,15 @@ ladder-%:
 
 # Does the ordinary recipe open the gap over training? Its checkpoints and those of its counterpart, asked in the two views of the gap.
 CURVE := full-text no-text
-STEPS := 60 120
+STEPS := 160 320
+LAST := 480
 plus := +
 folders = $(subst $(empty) $(empty),$(plus),$(foreach seed,0 1 2,$(RESULTS)/curve/$(1)-seed$(seed)-step$(2)))
 last = $(subst $(comma),$(plus),$(call seeds,$(1)))
 curve:
 	$(MAKE) --no-print-directory -j2 $(foreach recipe,$(CURVE),$(foreach seed,0 1 2,$(STEPS:%=curve-$(recipe)-seed$(seed)-step%)))
 	$(PY) -m eval.curve --task twins --out results/demo/curve.json \
-		$(foreach recipe,$(CURVE),$(recipe)=0:$(RESULTS)/base$(foreach step,$(STEPS),$(comma)$(step):$(call folders,$(recipe),$(step)))$(comma)180:$(call last,$(recipe)))
+		$(foreach recipe,$(CURVE),$(recipe)=0:$(RESULTS)/base$(foreach step,$(STEPS),$(comma)$(step):$(call folders,$(recipe),$(step)))$(comma)$(LAST):$(call last,$(recipe)))
 
 curve-%:
 	$(PY) -m eval.run --model assets/tiny --tasks twins --views both,vision --out $(RESULTS)/curve/$* \
