@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test setup results curve case-study
+.PHONY: demo test setup debias results curve case-study preference
 
 # The main job on the embedded model: the gap of the base model, after an ordinary recipe and after a vision-centric one.
 # Interrupt it and run it again: everything continues where it was.
@@ -24,6 +24,20 @@ demo-%:
 
 data/twins/test_new.jsonl: $(SETUP)
 	$(PY) -m data_prep.twins --out data/twins
+
+# Supervision, then preferences from where it ended; the page shows the model before, between and after.
+debias: $(SETUP) data/twins/train.pairs.jsonl
+	$(PY) train.py recipes/pipelines/demo_debias.yaml --resume
+	$(PY) -m eval.run --model assets/tiny --tasks twins --out $(DEMO)/answers/base
+	$(PY) -m eval.run --model assets/tiny --adapter $(DEMO)/full-text-seed0/adapter --tasks twins --out $(DEMO)/answers/full-text
+	$(PY) -m eval.run --model assets/tiny --adapter $(DEMO)/debias-seed0/adapter --tasks twins --out $(DEMO)/answers/debias
+	$(PY) -m eval.gap $(DEMO)/answers/base $(DEMO)/answers/full-text $(DEMO)/answers/debias --out $(DEMO)/debias
+	$(PY) -m eval.report --runs base=$(DEMO)/answers/base full-text=$(DEMO)/answers/full-text debias=$(DEMO)/answers/debias \
+		--out $(DEMO)/debias/report.html
+
+data/twins/train.pairs.jsonl: data/twins/test_new.jsonl
+	$(PY) -m data_prep.pairs from-problems data/twins/train.jsonl --out $@ \
+		--kinds other_answer,language_prior,symmetric --model assets/tiny --limit 8000
 
 test: $(SETUP)
 	$(PY) -m pytest -q
@@ -68,6 +82,18 @@ case-study:
 	$(PY) -m eval.case_study --model assets/tiny --tasks twins --limit 600 --out $(RESULTS)/case-study \
 		--adapter full-text=$(DEMO)/full-text-seed0/adapter --adapter no-text=$(DEMO)/no-text-seed0/adapter
 	cp $(RESULTS)/case-study/case_study.json $(RESULTS)/case-study/case_study.svg results/demo/
+
+# Preferences from the adapters of full-text, with three seeds. About half an hour on two cores, after those adapters.
+PREFERENCE := dpo-sft mdpo napo sympmo debias
+preference: $(SETUP) data/twins/train.pairs.jsonl
+	$(PY) -m eval.run --model assets/tiny --tasks twins,twins_new --out $(RESULTS)/base
+	$(MAKE) --no-print-directory -j2 $(foreach seed,0 1 2,ladder-full-text-seed$(seed))
+	$(MAKE) --no-print-directory -j2 $(foreach seed,0 1 2,$(PREFERENCE:%=ladder-%-seed$(seed)))
+	$(PY) -m eval.readme --collect results/preference --task twins --control dpo-sft base=$(RESULTS)/base \
+		$(foreach recipe,full-text $(PREFERENCE),$(recipe)=$(call seeds,$(recipe)))
+	$(PY) -m eval.case_study --model assets/tiny --tasks twins --limit 600 --out $(RESULTS)/preference-case-study \
+		$(foreach recipe,full-text $(PREFERENCE),--adapter $(recipe)=$(DEMO)/$(recipe)-seed0/adapter)
+	cp $(RESULTS)/preference-case-study/case_study.json $(RESULTS)/preference-case-study/case_study.svg results/preference/
 
 # A virtual environment of its own, renewed when requirements.txt changes.
 setup: $(SETUP)

@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from data_prep import libraries
@@ -23,7 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="train.py", description="Train a recipe.")
-    parser.add_argument("recipe", help="a YAML file under recipes/")
+    parser.add_argument("recipe", help="a YAML file under recipes/, or a pipeline of several")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr.vision=1e-4; recorded in the run folder")
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained, on what, and stop")
     parser.add_argument("--resume", action="store_true", help="continue the run in run_dir, if there is one")
@@ -36,17 +37,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     libraries.quiet()
     from data_prep.problem import ProblemError
-    from training.config import RecipeError, load_recipe
+    from training.config import RecipeError, load_pipeline
 
     try:
-        recipe = load_recipe(args.recipe, args.overrides)
+        recipes = load_pipeline(args.recipe, args.overrides)
         if args.deepspeed and not Path(args.deepspeed).is_file():
             raise RecipeError(f"--deepspeed: no such file: {args.deepspeed}")
-        libraries.offline_if_local(recipe.model.name)
-        if args.dry_run:
-            dry_run(recipe)
-        else:
-            train(recipe, resume=args.resume, deepspeed=args.deepspeed)
+        for recipe in recipes:
+            libraries.offline_if_local(recipe.model.name)
+            if args.dry_run:
+                dry_run(recipe)
+            else:
+                train(recipe, resume=args.resume, deepspeed=args.deepspeed)
     except (RecipeError, ProblemError) as error:
         raise SystemExit(f"error: {error}") from error
     except OSError as error:
@@ -69,7 +71,8 @@ def dry_run(recipe) -> None:
     console.print(yaml.safe_dump(recipe.to_dict(), sort_keys=False), markup=False, highlight=False)
     encoder = load_encoder(recipe.model)
     plan = Plan(recipe)
-    model = prepare(empty_base(recipe.model), recipe)
+    fresh = replace(recipe, model=replace(recipe.model, adapter=None))      # the one that it starts from need not be there yet
+    model = prepare(empty_base(recipe.model), fresh)
     console.print(tower_table(model, recipe))
     for stage in plan.stages:
         console.print(stage.table(encoder))
@@ -81,19 +84,12 @@ def train(recipe, *, resume: bool, deepspeed: str | None = None) -> None:
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
-    from training.collate import Collator, load_encoder
-    from training.config import RecipeError
+    from training.build import arguments_of, build_trainer
+    from training.callbacks import MarkComplete, Metrics, RestartOptimizer, last_checkpoint
+    from training.collate import load_encoder
     from training.model import load_base, prepare, tower_table
     from training.plan import Plan
     from training.run import RunFolder
-    from training.trainers import (
-        MarkComplete,
-        Metrics,
-        RestartOptimizer,
-        VisionSFTTrainer,
-        last_checkpoint,
-        sft_arguments,
-    )
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     console = libraries.console(quiet=rank != 0)
@@ -105,22 +101,23 @@ def train(recipe, *, resume: bool, deepspeed: str | None = None) -> None:
     transformers.set_seed(recipe.seed)
     plan = Plan(recipe)
     encoder = load_encoder(recipe.model)
-    try:
-        arguments = sft_arguments(recipe, run_dir, world_size=world_size, deepspeed=deepspeed)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
+    arguments = arguments_of(recipe, world_size=world_size, deepspeed=deepspeed)
     model = prepare(load_base(recipe.model), recipe)
     console.print(tower_table(model, recipe))
     for stage in plan.stages:
         console.print(stage.table(encoder))
     if rank == 0:
-        folder.start(plan.hashes)
+        folder.start(plan.hashes | adapter_hash(recipe))
     metrics = Metrics(run_dir / "metrics.jsonl", recipe.batch)
     callbacks = [MarkComplete(recipe.save.keep, plan.save), RestartOptimizer(recipe), metrics]
     if rank == 0:
         callbacks.append(TensorBoardCallback(SummaryWriter(str(run_dir / "tensorboard"))))
-    trainer = VisionSFTTrainer(model, recipe, Collator(plan, encoder, [stage.objective for stage in plan.stages]), arguments,
-                               callbacks=callbacks)
+    trainer = build_trainer(recipe, plan, encoder, model, arguments, callbacks)
+    if recipe.preference is not None and recipe.preference.reference == "ahead":
+        from training.reference import ahead_of_training, key_of
+
+        cache = Path(recipe.preference.cache or run_dir / "reference")
+        trainer.data_collator.reference = ahead_of_training(trainer, cache, key_of(recipe, plan, encoder, trainer.model))
     checkpoint = last_checkpoint(run_dir)
     if checkpoint is not None:
         plan.check(checkpoint, int(checkpoint.name.rpartition("-")[2]))
@@ -134,6 +131,14 @@ def train(recipe, *, resume: bool, deepspeed: str | None = None) -> None:
             encoder.image_processor.save_pretrained(run_dir / kind)
         folder.record(finished=True, seconds=round(metrics.seconds, 1), steps=recipe.steps)
         console.print(f"{run_dir / kind} is written: {recipe.steps} steps, {metrics.seconds:.0f} s")
+
+
+def adapter_hash(recipe) -> dict[str, str]:
+    """The adapter that a run starts from, as one of its parents."""
+    from data_prep.provenance import weights_fingerprint
+
+    adapter = recipe.model.adapter
+    return {adapter: weights_fingerprint(adapter)} if adapter and Path(adapter).is_dir() else {}
 
 
 def save(trainer, path: Path) -> None:

@@ -1,5 +1,6 @@
 """A model or an adapter as any user would load it, and ways to ask it: likelihood of choices or of an answer, and generation."""
 
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +60,12 @@ class Answerer:
                 raise ModelError(f"{adapter}: no LoRA weight of it changes {model}; was it made for another model?")
         self.model.to(self.device).eval()
 
+    @classmethod
+    def of(cls, args: Namespace) -> "Answerer":
+        """From the options --model, --adapter, --revision, --dtype, --min-pixels and --max-pixels of a command."""
+        return cls(args.model, args.adapter, revision=args.revision, dtype=args.dtype, min_pixels=args.min_pixels,
+                   max_pixels=args.max_pixels)
+
     def identity(self) -> dict[str, Any]:
         """What scores depend on, to be recorded beside them: model and adapter with fingerprints, revision, dtype, pixels."""
         def fingerprint(folder: str | None) -> str | None:
@@ -113,17 +120,23 @@ class Answerer:
                 for i, tail in enumerate(tails)]
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Generated]:
-        """Greedy answers."""
-        batch = self._batch([self.encode(prompt) for prompt in prompts])
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int,
+                 begun: Sequence[Sequence[int]] | None = None) -> list[Generated]:
+        """Greedy answers.
+
+        begun: token ids that each answer begins with. They are part of its text, and neither of its tokens nor of the budget.
+        """
+        begun = [tuple(ids) for ids in begun] if begun else [()] * len(prompts)
+        rows = [_followed(self.encode(prompt), (*ids, self.encoder.end_id)) for prompt, ids in zip(prompts, begun)]
+        batch = self._batch(rows)
         out = self.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None,
                                   top_k=None, eos_token_id=self.encoder.end_id, pad_token_id=self.encoder.pad_id)
         answers = []
-        for ids in out[:, batch["input_ids"].shape[1]:].tolist():
+        for first, ids in zip(begun, out[:, batch["input_ids"].shape[1]:].tolist()):
             end = ids.index(self.encoder.end_id) if self.encoder.end_id in ids else None
             said = ids[:end]
-            answers.append(Generated(self.encoder.tokenizer.decode(said, skip_special_tokens=True).strip(), len(said),
-                                     "length" if end is None else "stop"))
+            text = self.encoder.tokenizer.decode([*first, *said], skip_special_tokens=True).strip()
+            answers.append(Generated(text, len(said), "length" if end is None else "stop"))
         return answers
 
     def _batch(self, rows: list[Encoded]) -> dict[str, torch.Tensor]:

@@ -99,13 +99,15 @@ class Encoder:
     def _template_ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def encode(self, messages: list[dict], images: tuple[Image.Image, ...] = (), *, generate: bool = False) -> Encoded:
+    def encode(self, messages: list[dict], images: tuple[Image.Image, ...] = (), *, generate: bool = False,
+               pixels: tuple[list[np.ndarray], list[np.ndarray]] | None = None) -> Encoded:
         """Encode a conversation.
 
         Args:
             messages: chat messages, content a string or a list of `{"type": "image"}` and `{"type": "text", "text": ...}`.
             images: RGB pictures in the order of the image parts.
             generate: end with the opening of an assistant turn, for scoring or generating an answer.
+            pixels: what `pixels` gave for these images, where several rows show them.
 
         Raises:
             ValueError: the number of pictures is not the number of image parts.
@@ -128,7 +130,7 @@ class Encoder:
             marked.append({"role": message["role"], "content": content})
         text = self.tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=generate)
 
-        pixels, grids = self.pixels(images)
+        patches, grids = self.pixels(images) if pixels is None else pixels
         slots = iter([int(grid.prod()) // self.image_processor.merge_size ** 2 for grid in grids])
         ids: list[int] = []
         trained: list[bool] = []
@@ -151,7 +153,7 @@ class Encoder:
         if next(slots, None) is not None:
             raise ValueError(f"{len(images)} pictures, but fewer image parts in the messages")
         return Encoded(np.asarray(ids, dtype=np.int64), np.asarray(trained, dtype=bool),
-                       np.concatenate(pixels) if pixels else None, np.asarray(grids, dtype=np.int64) if grids else None)
+                       np.concatenate(patches) if patches else None, np.asarray(grids, dtype=np.int64) if grids else None)
 
     def pixels(self, images: tuple[Image.Image, ...]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Patches (patches, 3 * 2 * 14 * 14) and grid (t, h, w) of each picture, equal to the image processor's own."""

@@ -17,7 +17,7 @@ from data_prep.rows import ANSWER_WITH, FIELDS, LETTERS, MARKER, Problem, as_tup
 
 __all__ = [
     "ANSWER_WITH", "FIELDS", "LETTERS", "MARKER", "BadRows", "Problem", "as_tuple", "check_beside", "check_row", "dump",
-    "json_lines", "named", "one_or_several", "parse_json", "read_problems", "replacing", "side_file", "write_problems",
+    "json_lines", "named", "one_or_several", "parse_json", "picture_check", "read_problems", "replacing", "side_file", "write_problems",
 ]  # fmt: skip
 
 VERIFY: dict[str, Callable | None] = {"full": load, "header": header_size, "none": None}
@@ -128,7 +128,7 @@ def read_problems(
     if verify not in VERIFY:
         raise ProblemError(f"verify must be one of {', '.join(VERIFY)}, not {verify!r}")
     bad, problems, seen = BadRows(path, skip_bad, side_file(path)), [], {}
-    check_picture = _picture_check(path.parent, VERIFY[verify], max_pixels)
+    check_picture = picture_check(path.parent, VERIFY[verify], max_pixels)
     try:
         for number, line in json_lines(path):
             try:
@@ -161,7 +161,7 @@ def _all_pictures(row: dict) -> Iterator[tuple[str, str]]:
         yield from named(f"meta.published.{view}.image", entry.get("image"))
 
 
-def _picture_check(root: Path, look: Callable | None, max_pixels: int) -> Callable[[str, str], None]:
+def picture_check(root: Path, look: Callable | None, max_pixels: int) -> Callable[[str, str], None]:
     """A check of one picture that looks at each file once, however many problems share it."""
     known: dict[str, str | None] = {}
 

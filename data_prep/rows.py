@@ -79,7 +79,7 @@ def check_row(row: Any) -> dict:
     `image` and `options` may be lists or tuples. Pictures are not looked at.
     """
     if not isinstance(row, dict):
-        raise ProblemError(f"row: must be an object, not {_kind(row)}")
+        raise ProblemError(f"row: must be an object, not {kind_of(row)}")
     for name in row:
         if name not in FIELDS:
             near = difflib.get_close_matches(name, FIELDS, 1)
@@ -89,7 +89,7 @@ def check_row(row: Any) -> dict:
             raise ProblemError(f"{name}: missing field")
     for name in FIELDS:
         if name not in ("image", "options", "meta") and not (row[name] is None and name in NULLABLE):
-            _check_text(name, row[name], " or null" if name in NULLABLE else "")
+            check_text(name, row[name], " or null" if name in NULLABLE else "")
     if row["image"] is not None:
         _check_paths("image", row["image"], "text, a list or null")
     if row["image"] is None and row["facts"] is None:
@@ -103,17 +103,18 @@ def check_row(row: Any) -> dict:
 
 def _check_paths(field: str, image: Any, wanted: str) -> None:
     if not isinstance(image, str | list | tuple):
-        raise ProblemError(f"{field}: must be {wanted}, not {_kind(image)}")
+        raise ProblemError(f"{field}: must be {wanted}, not {kind_of(image)}")
     if not image and not isinstance(image, str):
         raise ProblemError(f"{field}: is an empty list; no picture is null")
     for place, path in named(field, image):
-        _check_text(place, path)
+        check_text(place, path)
 
 
-def _check_text(name: str, value: Any, otherwise: str = "") -> None:
+def check_text(name: str, value: Any, otherwise: str = "", *, blank: bool = False) -> None:
+    """ProblemError unless the value is text that can be written as UTF-8. blank: spaces alone are text too."""
     if not isinstance(value, str):
-        raise ProblemError(f"{name}: must be text{otherwise}, not {_kind(value)}")
-    if not value.strip():
+        raise ProblemError(f"{name}: must be text{otherwise}, not {kind_of(value)}")
+    if not (value if blank else value.strip()):
         raise ProblemError(f"{name}: is empty")
     try:
         value.encode("utf-8")
@@ -121,37 +122,42 @@ def _check_text(name: str, value: Any, otherwise: str = "") -> None:
         raise ProblemError(f"{name}: holds half of a surrogate pair at character {error.start}") from error
 
 
+def check_object(name: str, value: Any) -> None:
+    """ProblemError unless the value is an object that can be written as JSON."""
+    if not isinstance(value, dict):
+        raise ProblemError(f"{name}: must be an object, not {kind_of(value)}")
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode("utf-8")
+    except (TypeError, ValueError) as error:
+        raise ProblemError(f"{name}: cannot be written as JSON ({error})") from error
+
+
 def _check_meta(meta: Any) -> None:
-    if not isinstance(meta, dict):
-        raise ProblemError(f"meta: must be an object, not {_kind(meta)}")
+    check_object("meta", meta)
     if meta.get("answer_with", "letter") not in ANSWER_WITH:
         raise ProblemError(f"meta: answer_with must be 'letter' or 'text', not {meta['answer_with']!r}")
     if not isinstance(meta.get("keep_order", False), bool):
-        raise ProblemError(f"meta.keep_order: must be true or false, not {_kind(meta['keep_order'])}")
+        raise ProblemError(f"meta.keep_order: must be true or false, not {kind_of(meta['keep_order'])}")
     if "rationale" in meta:
-        _check_text("meta.rationale", meta["rationale"])
+        check_text("meta.rationale", meta["rationale"])
     _check_published(meta.get("published", {}))
-    try:
-        json.dumps(meta, allow_nan=False, ensure_ascii=False).encode("utf-8")
-    except (TypeError, ValueError) as error:
-        raise ProblemError(f"meta: cannot be written as JSON ({error})") from error
 
 
 def _check_published(published: Any) -> None:
     if not isinstance(published, dict):
-        raise ProblemError(f"meta.published: must be an object, not {_kind(published)}")
+        raise ProblemError(f"meta.published: must be an object, not {kind_of(published)}")
     for view, entry in published.items():
         field = f"meta.published.{view}"
         if view not in PUBLISHED_VIEWS:
             raise ProblemError(f"{field}: no such view can be published; views: {', '.join(PUBLISHED_VIEWS)}")
         if not isinstance(entry, dict):
-            raise ProblemError(f"{field}: must be an object, not {_kind(entry)}")
+            raise ProblemError(f"{field}: must be an object, not {kind_of(entry)}")
         if not entry or set(entry) - {"image", "question"}:
             raise ProblemError(f"{field}: must hold image, question or both, holds {', '.join(entry) or 'nothing'}")
         if "image" in entry:
             _check_paths(f"{field}.image", entry["image"], "text or a list")
         if entry.get("question") is not None:
-            _check_text(f"{field}.question", entry["question"])
+            check_text(f"{field}.question", entry["question"])
 
 
 def _check_markers(row: dict) -> None:
@@ -178,9 +184,9 @@ def _find_pictures(texts: Iterable[tuple[str, str]], image: str | Sequence[str] 
 def _check_options(row: dict) -> None:
     options = row["options"]
     if not isinstance(options, list | tuple):
-        raise ProblemError(f"options: must be a list or null, not {_kind(options)}")
+        raise ProblemError(f"options: must be a list or null, not {kind_of(options)}")
     for number, option in enumerate(options):
-        _check_text(f"options[{number}]", option)
+        check_text(f"options[{number}]", option)
         if option != option.strip():
             raise ProblemError(f"options[{number}]: {option!r} has spaces at its edge")
     if len(options) < 2:
@@ -198,7 +204,7 @@ def _check_options(row: dict) -> None:
         raise ProblemError(f"answer: {row['answer']!r} is not among the options ({', '.join(options)})")
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     if value is None:
         return "null"
     names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}

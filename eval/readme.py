@@ -154,6 +154,8 @@ def _sentence(summary: Mapping, task: str, rows: Sequence[Mapping]) -> str:
     per_seed = [gap.points(value, True) for value in found["gap"]["seeds"]["values"]]
     text = [f"From `{before}` to `{after}`{chosen} the gap changes by {gap.within(found['gap'], 'change', True)}, which "
             f"closes {gap.closed(found['gap'])} of it ({found['verdict']['word']}). Accuracy changes: {moved}."]
+    if "image_gain" in found:
+        text.append(f"The image gain changes by {gap.within(found['image_gain'], 'change', True)}.")
     if trained:
         several = len(per_seed) > 1
         text.append(f"{len(seeds)} training seed{'s' if several else ''}, {' or '.join(map(str, steps))} optimizer steps "
@@ -188,8 +190,9 @@ def recipes_block(root: Path) -> list[str]:
         differs = f"`{base}` in {', '.join(f'`{key}`' for key in keys)}" if base else "-"
         rows.append((f"[{place.removesuffix('.yaml')}]({place})", head.get("Idea", "-"), differs,
                      _result(root, path, head.get("Result", "-"))))
-    for text, names in named.items():
-        _check_recipes(root, text or "", names)
+    # A summary may show what a recipe started from, which is another one's result.
+    for text in named:
+        _check_recipes(root, text or "", set().union(*named.values()))
     return table_lines(("recipe", "idea", "differs from", "result"), rows)
 
 
@@ -199,7 +202,7 @@ def _check_recipes(root: Path, text: str, names: set[str]) -> None:
         return
     for run in _read(root / text)["runs"]:
         if (recipe := run["seeds"][0]["recipe"]) not in (None, *names):
-            raise ReadmeError(f"{text}: the run {run['name']} is of the recipe {recipe}, but no recipe with this result is "
+            raise ReadmeError(f"{text}: the run {run['name']} is of the recipe {recipe}, but no recipe is "
                               f"called that; there are {', '.join(sorted(names))}")
 
 
@@ -209,8 +212,8 @@ def name_of(recipe: Path) -> str:
 
 
 def recipe_files(root: Path) -> list[Path]:
-    """Every recipe below recipes/; mixtures are no recipes."""
-    return sorted(path for path in (root / "recipes").rglob("*.yaml") if path.parent.name != "mixtures")
+    """Every recipe below recipes/; mixtures and pipelines are none."""
+    return sorted(path for path in (root / "recipes").rglob("*.yaml") if path.parent.name not in ("mixtures", "pipelines"))
 
 
 def header(path: Path) -> dict[str, str]:

@@ -25,7 +25,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tqdm import tqdm
 
-from data_prep.libraries import offline_if_local, quiet
+from data_prep.libraries import offline_if_local, one_sentence, quiet
 from data_prep.problem import (
     Problem,
     ProblemError,
@@ -97,16 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     offline_if_local(args.model)
     from data_prep.answerer import Answerer, ModelError
 
-    try:
-        run(args, lambda: Answerer(args.model, args.adapter, revision=args.revision, dtype=args.dtype,
-                                   min_pixels=args.min_pixels, max_pixels=args.max_pixels))
-    except (ProblemError, TaskError, ModelError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except OSError as error:
-        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues", file=sys.stderr)
-        raise SystemExit(130) from None
+    with one_sentence(ProblemError, TaskError, ModelError):
+        run(args, lambda: Answerer.of(args))
 
 
 def run(args: argparse.Namespace, load: Any) -> None:

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from training.collate import Collator, load_encoder
+from training.build import arguments_of, build_trainer
+from training.collate import load_encoder
 from training.config import load_recipe
 from training.model import load_base, prepare
 from training.plan import Plan
-from training.trainers import VisionSFTTrainer, sft_arguments
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,13 +52,8 @@ def same(one: dict, two: dict) -> bool:
 def trainer_of(path, overrides=(), **arguments):
     """The trainer as train.py builds it."""
     recipe = load_recipe(path, overrides)
-    plan = Plan(recipe)
-    collator = Collator(plan, load_encoder(recipe.model), [stage.objective for stage in plan.stages])
-    return VisionSFTTrainer(
-        prepare(load_base(recipe.model), recipe),
-        recipe,
-        collator,
-        sft_arguments(recipe, Path(recipe.run_dir), **arguments),
+    return build_trainer(
+        recipe, Plan(recipe), load_encoder(recipe.model), prepare(load_base(recipe.model), recipe), arguments_of(recipe, **arguments)
     )
 
 

@@ -116,7 +116,7 @@ def test_the_optimizer_is_restarted_where_a_stage_says(staged):
     """Adam's step counters: 8 where moments are carried over, 2 and 4 where the last restart was that long ago."""
     for stages, age in ((STAGES, 2), ([*STAGES[:2], {"share": 0.25}], 4), ([{"share": 0.5}, {"share": 0.5}], 8)):
         trainer = trainer_of(staged(stages=stages))
-        from training.trainers import RestartOptimizer
+        from training.callbacks import RestartOptimizer
 
         trainer.add_callback(RestartOptimizer(trainer.recipe))
         trainer.train()

@@ -7,7 +7,7 @@ weight is loaded. `key=value` overrides come last and are recorded in the run fo
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, field
+from dataclasses import asdict, field, replace
 from difflib import get_close_matches
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -18,6 +18,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 TOWERS = ("vision", "merger", "language")
+# TRL's loss types for answers
+AnswerLoss = Literal["sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+                     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"]
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 Count = Annotated[int, Field(ge=1)]
@@ -33,6 +36,7 @@ class RecipeError(ValueError):
 class Model:
     name: str                                   # local folder or hub id
     revision: str | None = None
+    adapter: str | None = None                  # a trained PEFT adapter to start from, {seed} being the recipe's; null: a fresh one
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     min_pixels: Count | None = None             # bounds on a picture's area; None keeps the model's own
@@ -110,6 +114,50 @@ class Loss:
     cross_modal_kl: CrossModalKL | None = None
     consistency: Consistency | None = None
 
+    def __post_init__(self) -> None:
+        if self.evidence_floor != 0.2 and self.weigh != "evidence":
+            raise ValueError("evidence_floor changes nothing without weigh: evidence")
+
+
+@dataclass(config=_STRICT, frozen=True)
+class NoiseAware:
+    """NaPO's term on answers given without looking (rejected_prior); see training.losses.gce and noise_aware_q."""
+    weight: Amount = 1.0
+    q: Literal["code", "paper"] | Annotated[float, Field(ge=0, le=1)] = "code"  # a number: fixed
+    alpha: Amount = 0.5
+    memory: Annotated[float, Field(ge=0, lt=1)] = 0.9   # of the running mean of margins that q follows; 0: the batch's own
+
+
+@dataclass(config=_STRICT, frozen=True)
+class SymMPO:
+    """The terms of training.losses.sympmo; symmetric pairs are needed."""
+    lam: Amount = 0.5
+    gamma: Amount = 1e-4
+    eta: Amount = 1.0
+
+
+@dataclass(config=_STRICT, frozen=True)
+class Preference:
+    """What pairs teach: one set of log-ratios, several terms, each with a weight; see training.preference.
+
+    d = ln policy - ln reference of an answer, summed over its tokens, under its own picture, under the rejected one, or none.
+    """
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    answer: dict[AnswerLoss, Amount] = field(default_factory=lambda: {"sigmoid": 1.0})      # and their weights
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0                    # of TRL's robust and exo_pair
+    conditional: Amount = 0.0                   # chosen under its own picture against chosen under the rejected one
+    anchor: Amount = 0.0                        # chosen's reward above anchor_delta
+    anchor_delta: float = 0.0
+    attend: Amount = 0.0                        # chosen with its picture against chosen without any
+    language_prior: Annotated[float, Field(ge=0, le=1)] = 0.0   # chosen without its picture, pushed down; unbounded, so at most 1
+    svco: Amount = 0.0                          # attend and reject, for both answers of symmetric pairs
+    noise_aware: NoiseAware | None = None
+    sympmo: SymMPO | None = None
+    negative: str = "own"                       # own: the pairs' rejected_images; or a spec of data_prep.negatives: crop:0.01-0.2
+    reference: Literal["live", "ahead"] = "live"    # ahead: its log-probabilities are computed before training, and kept
+    cache: str | None = None                    # folder of those; default: reference/ in the run's folder
+    watch: bool = True                          # log what no term needs too: the chosen answer without picture, and under the rejected one
+
 
 @dataclass(config=_STRICT, frozen=True)
 class Stage:
@@ -140,6 +188,7 @@ class Recipe:
     run_dir: str | None = None                  # default: runs/<folder below recipes>/<name>-seed<seed>
     lora: Lora | None = field(default_factory=Lora)     # null trains every parameter of the towers with a learning rate
     loss: Loss = field(default_factory=Loss)
+    preference: Preference | None = None        # null: supervised, on a mixture of problems; else on a mixture of pairs
     stages: list[Stage] = field(default_factory=list)   # one after the other; empty: one stage of everything above
     save: Save = field(default_factory=Save)
     log_every: Count = 10                       # optimizer steps
@@ -157,6 +206,13 @@ class Recipe:
             raise ValueError("model.min_pixels is larger than model.max_pixels")
         if self.optim.schedule == "constant" and self.optim.warmup_steps:
             raise ValueError("optim.warmup_steps: the schedule 'constant' has no warm-up; use constant_with_warmup")
+        if self.preference is not None:
+            if self.loss != Loss() or any(stage.loss is not None for stage in self.stages):
+                raise ValueError("loss: is for mixtures of problems; with a preference, its terms are the loss")
+            if self.lora is not None and self.lora.dropout:
+                raise ValueError("lora.dropout: must be 0 with a preference, or policy and reference would differ by chance")
+        if self.model.adapter is not None and self.lora is None:
+            raise ValueError("model.adapter: needs lora; null trains all weights")
         if not any(self.trains(tower) for tower in TOWERS):
             raise ValueError("nothing would be trained: every tower has learning rate 0 or LoRA rank 0")
 
@@ -348,9 +404,42 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     values["stages"] = [stage if recipe.stages[i].mixture is None else
                         {**stage, "mixture": found(f"stages.{i}.mixture", stage["mixture"])}
                         for i, stage in enumerate(values.get("stages", ()))]
+    if recipe.model.adapter is not None:
+        values["model"] = {**values["model"], "adapter": recipe.model.adapter.replace("{seed}", str(recipe.seed))}
     if recipe.run_dir is None:
         values["run_dir"] = str(Path("runs") / _place(path.resolve().parent) / f"{recipe.name}-seed{recipe.seed}")
     return build(Recipe, values, path)
+
+
+def load_pipeline(path: str | Path, overrides: Iterable[str] = ()) -> list[Recipe]:
+    """The recipes of a pipeline file (`pipeline: [sft.yaml, preference.yaml]`), in their order; of a recipe, itself alone.
+
+    A later recipe that does not say what adapter it starts from starts from the one before it. Overrides are for all of them.
+
+    Raises:
+        RecipeError: as load_recipe; the file holds other keys too, two recipes have one run_dir, or a later one continues what
+            is no adapter.
+    """
+    path, overrides = Path(path), list(overrides)
+    values = read_yaml(path)
+    if "pipeline" not in values:
+        return [load_recipe(path, overrides)]
+    names = values["pipeline"]
+    if set(values) != {"pipeline"} or not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise RecipeError(f"{path}: pipeline: must be a list of recipe files, and nothing else may stand beside it")
+    recipes: list[Recipe] = []
+    for name in names:
+        if not (path.parent / name).is_file():
+            raise RecipeError(f"{path}: pipeline: no such file: {name}")
+        recipe = load_recipe(path.parent / name, overrides)
+        if recipes and recipe.model.adapter is None:
+            if recipes[-1].lora is None or recipes[-1].model.name != recipe.model.name:
+                raise RecipeError(f"{path}: pipeline: {name} cannot start from {recipes[-1].name}, which leaves no adapter for its model")
+            recipe = replace(recipe, model=replace(recipe.model, adapter=str(Path(recipes[-1].run_dir) / "adapter")))
+        recipes.append(recipe)
+    if len({recipe.run_dir for recipe in recipes}) < len(recipes):
+        raise RecipeError(f"{path}: pipeline: two of its recipes write to one run_dir")
+    return recipes
 
 
 def _place(folder: Path) -> str:

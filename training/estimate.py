@@ -11,6 +11,7 @@ from training.config import Recipe
 from training.memory import GB, resident_gb
 from training.model import count_parameters, unwrap
 from training.plan import Plan, PlannedStage
+from training.preference import needed
 
 # Bytes of activations that one token leaves in one transformer layer for the backward pass, per hidden unit at 2 bytes a
 # number: 34 without recomputation, 2 with it (Korthikanti et al. 2022, arXiv 2205.05198, equations 2 and section 5; flash
@@ -20,8 +21,7 @@ KEPT, KEPT_CHECKPOINTED = 34, 2
 
 def picture_tokens(plan: Plan, encoder: Encoder, sample: int = 500) -> np.ndarray:
     """Image tokens of up to `sample` pictures of the mixtures, read from their headers."""
-    problems = {problem for stage in plan.stages for part in stage.mixture.problems.values() for problem in part}
-    pictures = sorted({(p.root, picture, p.max_pixels) for p in problems for picture in p.pictures})
+    pictures = sorted({picture for stage in plan.stages for picture in stage.mixture.pictures()})
     picks = np.linspace(0, len(pictures) - 1, min(sample, len(pictures))).astype(int) if pictures else []
     sizes = [upright_size(picture_path(root, image), limit) for root, image, limit in (pictures[i] for i in picks)]
     return np.array([encoder.image_tokens(*size) for size in sizes])
@@ -29,7 +29,10 @@ def picture_tokens(plan: Plan, encoder: Encoder, sample: int = 500) -> np.ndarra
 
 def step_tokens(stage: PlannedStage, encoder: Encoder) -> tuple[float, float, float]:
     """Tokens, image tokens and answer tokens that one conversation of a stage keeps for the backward pass: those of the drawn
-    view and of every role that learns."""
+    view and of every role that learns, or those of every side of a pair that a term needs."""
+    if stage.preference is not None:
+        rows = [stage.mixture.side_tokens(part, encoder, needed(stage.preference)) for part in stage.mixture.parts]
+        return tuple(np.average(rows, axis=0, weights=[part.rate for part in stage.mixture.parts]).tolist())
     learning = [role for role in stage.objective.extra.values() if role.learns]
     rows = [np.sum([stage.mixture.mean_tokens(part, encoder, view=view)
                     for view in (part.view, *(role.view_of(part.view) for role in learning))], axis=0)

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 
 def weighted_nll(log_probs: Tensor, loss_weight: Tensor, total: Tensor | float) -> Tensor:
@@ -111,6 +112,125 @@ def evidence_weights(with_logps: Tensor, without_logps: Tensor, floor: float) ->
     """
     change = (_wide(with_logps.detach()).exp() - _wide(without_logps.detach()).exp()).abs()
     return floor + (1 - floor) * change
+
+
+def dpo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """Direct preference optimisation (arXiv 2305.18290, eq. 7) per pair: -ln sigmoid(beta (chosen - rejected)).
+
+    Args:
+        chosen, rejected: (pairs,) log-ratios d = ln policy - ln reference of the two sides, summed over the answer's tokens.
+        beta: strength of the pull towards the reference.
+
+    Returns:
+        (pairs,); ln 2 where both sides are as likely as under the reference.
+    """
+    return -logsigmoid(beta * (chosen - rejected))
+
+
+def conditional(chosen: Tensor, other_image: Tensor, beta: float) -> Tensor:
+    """The same answer under its picture and under another one: mDPO's conditional term (arXiv 2406.11839) per pair.
+
+    Where both pictures are the same it is ln 2 with a gradient of 0. A constant per picture does not cancel, as it does in
+    `sympmo`: the normalisers of two pictures differ.
+
+    Args:
+        chosen: (pairs,) log-ratio of the chosen answer under its own picture.
+        other_image: (pairs,) the same answer's under the rejected picture.
+    """
+    return dpo(chosen, other_image, beta)
+
+
+def anchor(chosen: Tensor, beta: float, delta: float = 0.0) -> Tensor:
+    """A soft pull of the chosen answer's reward above `delta`: -ln sigmoid(beta chosen - delta) (arXiv 2406.11839) per pair.
+
+    DPO alone may lower the chosen answer as long as the rejected one falls further.
+    """
+    return -logsigmoid(beta * chosen - delta)
+
+
+def gce(margin: Tensor, q: Tensor | float) -> Tensor:
+    """Generalised cross-entropy of a margin, robust to pairs that are wrong: (1 - sigmoid(margin)^q) / q (NaPO, arXiv 2503.17928).
+
+    Its gradient is that of DPO times sigmoid(margin)^q: pairs that the model still ranks the other way round, which may be noise,
+    count less. q to 0 is DPO, q = 1 is 1 - sigmoid.
+
+    Args:
+        margin: (pairs,) beta (chosen - rejected).
+        q: in [0, 1]; no gradient flows into it.
+
+    Raises:
+        ValueError: q outside [0, 1].
+    """
+    q = torch.as_tensor(q, dtype=margin.dtype, device=margin.device).detach()
+    if not ((q >= 0) & (q <= 1)).all():
+        raise ValueError(f"q must lie between 0 and 1, not {q.tolist()}")
+    log_p = logsigmoid(margin)
+    # -expm1(q ln p) / q keeps its digits for small q, where 1 - p^q would lose them.
+    safe = torch.where(q > 0, q, torch.ones_like(q))
+    return torch.where(q > 0, -torch.expm1(safe * log_p) / safe, -log_p)
+
+
+def noise_aware_q(margin: Tensor, alpha: float, *, form: str = "code") -> Tensor:
+    """How much noise NaPO assumes, from the mean margin of a batch: the q of `gce`, without gradient.
+
+    form "paper": 1 - sigmoid(alpha psi), which begins at 0.5, cut to [0.01, 1]. "code": twice that, which begins at 1, cut to
+    [0.001, 1]: what was released.
+    Args:
+        margin: any shape; mean over it is psi: log-ratio differences without beta.
+        alpha: 0.5 in the paper for length-averaged margins of text priors.
+
+    Raises:
+        ValueError: unknown form.
+    """
+    q = 1 - torch.sigmoid(alpha * margin.detach().mean())
+    if form == "paper":
+        return q.clamp(0.01, 1)
+    if form == "code":
+        return (2 * q).clamp(0.001, 1)
+    raise ValueError(f"no such form of q: {form}; there are paper and code")
+
+
+def language_prior(blind: Tensor, beta: float) -> Tensor:
+    """Push an answer's likelihood without any picture below the reference's: -ln sigmoid(-beta blind) per pair.
+
+    Source: the language-bias penalty of arXiv 2605.25036. Its gradient never ends, however unlikely the answer has become
+    without the picture: a weight above 1 is refused by recipes, and `text` has to be watched.
+
+    Args:
+        blind: (pairs,) log-ratio of an answer without the picture.
+    """
+    return -logsigmoid(-beta * blind)
+
+
+def svco(own: Tensor, blind: Tensor, other: Tensor, beta: float) -> Tensor:
+    """S-VCO's two terms for one answer (arXiv 2502.13928) per pair: attend to the picture that shows it, reject one that does not.
+
+    -ln sigmoid(beta (own - blind)) - ln sigmoid(beta (blind - other)). The full loss is this for both answers of a symmetric
+    pair: 4 ln 2 at the start, and at least 2 ln 2 for each where both pictures are the same.
+
+    Args:
+        own, blind, other: (pairs,) log-ratios of the answer under its picture, without any, and under the other picture.
+    """
+    return dpo(own, blind, beta) + dpo(blind, other, beta)
+
+
+def sympmo(d11: Tensor, d12: Tensor, d21: Tensor, d22: Tensor, beta: float, lam: float, gamma: float, eta: float) -> Tensor:
+    """Symmetric preferences under two pictures (arXiv 2506.11712) per pair, without the plain DPO term.
+
+    lam [DPO(d11, d12) + DPO(d22, d21)] + gamma ((d11 - d12) - (d22 - d21))^2 + eta [anchor(d11) + anchor(d22)]
+
+    Every comparison stays inside one picture, so that what depends on the picture alone cancels.
+
+    Args:
+        d11, d12, d21, d22: (pairs,) d_ij is the log-ratio of answer j under picture i; answer i is right under picture i.
+        gamma: 1e-4 in the paper, on margins without beta.
+
+    Returns:
+        (pairs,); ln 2 (2 lam + 2 eta) where policy and reference agree.
+    """
+    one, two = d11 - d12, d22 - d21
+    return (lam * -(logsigmoid(beta * one) + logsigmoid(beta * two)) + gamma * (one - two) ** 2
+            + eta * (anchor(d11, beta) + anchor(d22, beta)))
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -22,10 +22,10 @@ are used up before the run ends, that is an error before it begins.
 """
 
 import argparse
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
@@ -35,10 +35,9 @@ from rich.table import Table
 
 from data_prep import libraries
 from data_prep.problem import Problem, ProblemError, Prompt, View, partners, possible_views, read_problems, render
-from data_prep.provenance import file_sha256
-from training.config import _STRICT, Count, RecipeError, build, find_beside, load_recipe, read_yaml
+from training.config import _STRICT, Count, RecipeError, build, load_recipe, read_yaml
+from training.order import Draw, Order, Part, Rate
 
-Rate = Annotated[float, Field(gt=0, le=1)]
 Needs = Callable[[View], Collection[View]]      # a drawn view -> the views a loss shows the same problems in as well
 
 
@@ -68,27 +67,7 @@ class MixtureFile:
     sources: dict[str, Source]
 
 
-class Draw(NamedTuple):
-    """What is drawn next: up to `turns` problems that share a picture and facts, in one view."""
-    source: str
-    view: View
-    problems: tuple[int, ...]                   # places in the source's problems
-    stage: int = 0
-
-
-@dataclass
-class Part:
-    """One source in one view."""
-    source: str
-    view: View
-    rate: float
-    turns: int
-    limit: float                                # draws after which it is used up
-    order: int                                  # parts with the same number go through their conversations in the same order
-    units: list[tuple[int, ...]] = field(repr=False)    # conversations to draw from: places of problems in the source
-
-
-class Mixture:
+class Mixture(Order):
     """The order of conversations of one mixture file, a pure function of (mixture, data, seed, number of the draw)."""
 
     def __init__(self, path: str | Path, *, seed: int | Sequence[int], draws: int, skip_bad: bool = False,
@@ -106,36 +85,25 @@ class Mixture:
             RecipeError: the file is wrong, a problem file is missing, a source cannot be shown in a view, or is used up.
             ProblemError: a problem file has a bad row, or a filter's scores do not fit.
         """
-        self.path = Path(path)
-        self.seed = (seed,) if isinstance(seed, int) else tuple(seed)
-        spec: MixtureFile = build(MixtureFile, read_yaml(self.path), self.path)
-        total = sum(rate for source in spec.sources.values() for rate in source.views.values())
-        if abs(total - 1) > 1e-6:
-            raise RecipeError(f"{self.path}: the rates sum to {total:.6g}; they must sum to 1")
+        super().__init__(path, seed)
+        values = read_yaml(self.path)
+        if any(isinstance(source, dict) and "pairs" in source for source in (values.get("sources") or {}).values()):
+            raise RecipeError(f"{self.path}: sources: holds pairs, which a recipe without a preference section cannot train on")
+        spec: MixtureFile = build(MixtureFile, values, self.path)
+        self.check_rates(rate for source in spec.sources.values() for rate in source.views.values())
         self.sources = spec.sources
         self.problems: dict[str, list[Problem]] = {}
         self.partners: dict[str, list[Problem | None]] = {}
         self.left_out: dict[str, list[str]] = {}        # per source: what its filters left out, in words
-        self.hashes: dict[str, str] = {str(self.path): file_sha256(self.path)}      # of everything the order depends on
-        self.parts: list[Part] = []
         cache = {} if cache is None else cache
         for name, source in spec.sources.items():
-            file = self._file(f"sources.{name}.problems", source.problems)
+            file = self.file(f"sources.{name}.problems", source.problems)
             if file.resolve() not in cache:
                 cache[file.resolve()] = read_problems(file, verify="header", skip_bad=skip_bad)
             self.problems[name] = self._filtered(name, source, cache[file.resolve()])
             self.partners[name] = partners(self.problems[name])
             self._add_parts(name, source, needs)
-        self._entries, self._turns = self._plan(draws)
-        self._cached: dict[int, tuple[int, np.ndarray]] = {}
-
-    def _file(self, key: str, name: str) -> Path:
-        """A data file that the mixture names; its hash is kept."""
-        file = find_beside(name, self.path.resolve().parent)
-        if file is None:
-            raise RecipeError(f"{self.path}: {key}: no such file: {name}")
-        self.hashes[name] = file_sha256(file)
-        return file
+        self.begin(draws)
 
     def _filtered(self, name: str, source: Source, problems: list[Problem]) -> list[Problem]:
         """The problems that the source's filters keep."""
@@ -143,7 +111,7 @@ class Mixture:
         if (wanted := source.needs_picture) is not None:
             from data_prep.blind import needs_picture
 
-            scores = self._file(f"sources.{name}.needs_picture.scores", wanted.scores)
+            scores = self.file(f"sources.{name}.needs_picture.scores", wanted.scores)
             kept = needs_picture(problems, scores, min_gain=wanted.min_gain, against=wanted.against, max_blind=wanted.max_blind)
             why = f"whose picture is worth less than {wanted.min_gain:g}"
             if wanted.max_blind is not None:
@@ -153,7 +121,7 @@ class Mixture:
         if source.avoid:
             from data_prep.overlap import without_overlap
 
-            files = [self._file(f"sources.{name}.avoid.{i}", other) for i, other in enumerate(source.avoid)]
+            files = [self.file(f"sources.{name}.avoid.{i}", other) for i, other in enumerate(source.avoid)]
             kept, found = without_overlap(problems, files)
             self.left_out[name].append(f"{len(problems) - len(kept)} that occur in {', '.join(source.avoid)}")
             problems = kept
@@ -200,51 +168,6 @@ class Mixture:
             shared.setdefault((i,) if own else (problem.image, problem.facts), []).append(i)
         return [tuple(group) for group in shared.values()]
 
-    def _plan(self, draws: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each draw the part it comes from, and the how-manieth draw of that part it is."""
-        chances = np.random.default_rng(list(self.seed)).random(draws)
-        rates, limits = (np.array([getattr(part, key) for part in self.parts], dtype=float) for key in ("rate", "limit"))
-        entries, begin = np.zeros(draws, dtype=np.int64), 0
-        while begin < draws:
-            left = limits - np.bincount(entries[:begin], minlength=len(rates))
-            edges = np.cumsum(np.where(left > 0, rates, 0.0))
-            if edges[-1] == 0:
-                raise RecipeError(f"{self.path}: all sources are used up after {begin} of {draws} conversations; raise "
-                                  "max_epochs or train for fewer steps")
-            entries[begin:] = np.searchsorted(edges / edges[-1], chances[begin:], side="right")
-            # As far as the first draw that some part can no longer serve; from there on without that part.
-            limited = np.flatnonzero(np.isfinite(left))
-            used = [begin + np.flatnonzero(entries[begin:] == i)[int(left[i]):][:1] for i in limited]
-            begin = min((int(place[0]) for place in used if place.size), default=draws)
-        turns = np.zeros(draws, dtype=np.int64)
-        for i in range(len(self.parts)):
-            mine = entries == i
-            turns[mine] = np.arange(mine.sum())
-        return entries, turns
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def draw(self, number: int) -> Draw:
-        """The conversation with this number, counted from 0 over all ranks. No picture is opened."""
-        i = int(self._entries[number])
-        part, turn = self.parts[i], int(self._turns[number])
-        epoch, place = divmod(turn, len(part.units))
-        unit = part.units[self._order(i, epoch)[place]]
-        if len(unit) > 1:
-            unit = tuple(np.random.default_rng([*self.seed, part.order, epoch, place]).permutation(unit)[:part.turns].tolist())
-        return Draw(part.source, part.view, unit)
-
-    def _order(self, i: int, epoch: int) -> np.ndarray:
-        if self._cached.get(i, (None,))[0] != epoch:
-            order = np.random.default_rng([*self.seed, self.parts[i].order, epoch]).permutation(len(self.parts[i].units))
-            self._cached[i] = (epoch, order)
-        return self._cached[i][1]
-
-    def drawn(self, number: int) -> list[int]:
-        """How many of the first `number` draws came from each part."""
-        return np.bincount(self._entries[:number], minlength=len(self.parts)).tolist()
-
     def conversation(self, draw: Draw) -> tuple[list[dict], tuple, list[Prompt]]:
         """Chat messages with the answers, the pictures, and the prompts they were made from.
 
@@ -257,6 +180,11 @@ class Mixture:
         messages = [message for prompt in prompts
                     for message in (*prompt.messages, {"role": "assistant", "content": prompt.target})]
         return messages, prompts[0].images, prompts
+
+    def pictures(self) -> Iterator[tuple[Path, str, int]]:
+        """(folder, path, largest size) of every problem's own pictures."""
+        for problems in self.problems.values():
+            yield from ((problem.root, picture, problem.max_pixels) for problem in problems for picture in problem.pictures)
 
     def table(self, encoder=None, sample: int = 100, title: str | None = None) -> Table:
         """Rows, epochs and tokens per source and view. Tokens are means over up to `sample` conversations."""
@@ -310,9 +238,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _show(console, plan, number: int) -> None:
     draw = plan.draw(number)
-    problems = plan.stages[draw.stage].mixture.problems[draw.source]
-    messages, _, _ = plan.conversation(draw)
-    console.rule(escape(f"{number}: {draw.source} {draw.view.value}: {', '.join(problems[i].id for i in draw.problems)}"))
+    mixture = plan.stages[draw.stage].mixture
+    if draw.view is None:
+        pair = mixture.pair(draw)
+        console.rule(escape(f"{number}: {draw.source}: {pair.id}"))
+        messages = pair.messages(pair.chosen)
+        messages += [{"role": name, "content": text} for name in ("rejected", "rejected_prior", "rejected_images_answer")
+                     if (text := getattr(pair, name)) is not None]
+    else:
+        problems = mixture.problems[draw.source]
+        console.rule(escape(f"{number}: {draw.source} {draw.view.value}: {', '.join(problems[i].id for i in draw.problems)}"))
+        messages, _, _ = plan.conversation(draw)
     for message in messages:
         content = message["content"]
         text = content if isinstance(content, str) else "".join(part.get("text", "<picture>\n") for part in content)

@@ -3,14 +3,14 @@
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.table import Table
 from torch import nn
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutput
 
 from training.config import TOWERS, Lora, Model, Recipe, RecipeError
 
@@ -81,13 +81,32 @@ def prepare(base: Qwen2_5_VLForConditionalGeneration, recipe: Recipe) -> nn.Modu
         model: nn.Module = base
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(tower_of(name) in towers)
-    else:
+    elif recipe.model.adapter is None:
         model = get_peft_model(base, lora_config(recipe.lora, towers))
+    else:
+        model = load_adapter(base, recipe.model.adapter, towers)
     found = {tower for tower, numbers in count_parameters(model).items() if numbers["trained"]}
     if found != set(towers):
         raise RecipeError(f"{recipe.name}: trains {', '.join(sorted(found))}, but the recipe says {', '.join(towers)}")
     if "vision" not in towers:
         freeze_vision(unwrap(model), merger="merger" in towers)
+    return model
+
+
+def load_adapter(base: Qwen2_5_VLForConditionalGeneration, folder: str, towers: Collection[str]) -> PeftModel:
+    """The base with a trained adapter, to go on training it on some towers; on the others it stays as it is.
+
+    Raises:
+        RecipeError: it cannot be loaded, or changes nothing, which is what one made for another model looks like.
+    """
+    try:
+        model = PeftModel.from_pretrained(base, folder, is_trainable=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"model.adapter: {folder}: {' '.join(str(error).split())[:500]}") from error
+    if not any(bool(parameter.any()) for name, parameter in model.named_parameters() if "lora_B" in name):
+        raise RecipeError(f"model.adapter: {folder}: no LoRA weight of it changes the model; was it made for another one?")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and tower_of(name) in towers)
     return model
 
 
@@ -108,6 +127,41 @@ def add_answer_logits(base: Qwen2_5_VLForConditionalGeneration) -> None:
         return CausalLMOutput(logits=base.lm_head(hidden[:, :-1][trained]))
 
     base.forward = forward
+
+
+def add_shared_pictures(base: Qwen2_5_VLForConditionalGeneration) -> None:
+    """Let `base(..., pictures=rows)` show a picture in several rows and encode it once.
+
+    pictures: (slots,) for every picture that the rows show, row after row, its place among those of `image_grid_thw`. Then
+    `pixel_values` and `image_grid_thw` hold each distinct picture once. features: what `picture_features` made of them, where it
+    is known already. Log-probabilities and gradients are those of the rows with pictures of their own.
+
+    A forward of the model like any other, so that wrappers (PEFT, DDP, DeepSpeed) see it. Call it after TRL's fused head is added.
+    """
+    original = base.forward
+
+    @functools.wraps(type(base).forward)
+    def forward(*args, pictures: torch.Tensor | None = None, features: tuple[torch.Tensor, ...] | None = None, **kwargs):
+        if pictures is None:
+            return original(*args, **kwargs)
+        grid, pixels = kwargs.pop("image_grid_thw", None), kwargs.pop("pixel_values", None)
+        if len(pictures):
+            found = picture_features(base, pixels, grid) if features is None else features
+            shown = tuple(found[i] for i in pictures.tolist())
+            kwargs |= {"image_grid_thw": grid[pictures], "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=shown)}}
+        return original(*args, **kwargs)
+
+    base.forward = forward
+
+
+def picture_features(base: Qwen2_5_VLForConditionalGeneration, pixels: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What the vision tower and the merger make of each picture: (image tokens, hidden) each.
+
+    Args:
+        pixels: (patches, 3 * 2 * 14 * 14) of all pictures, one after the other.
+        grid: (pictures, 3).
+    """
+    return base.model.get_image_features(pixels, grid).pooler_output
 
 
 def unwrap(model: nn.Module) -> Qwen2_5_VLForConditionalGeneration:

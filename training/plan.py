@@ -12,9 +12,11 @@ from rich.table import Table
 
 from data_prep.problem import Prompt
 from data_prep.provenance import write_json
-from training.config import Loss, Recipe, RecipeError
-from training.mixture import Draw, Mixture
+from training.config import Loss, Preference, Recipe, RecipeError
+from training.mixture import Mixture
 from training.objective import Objective, needs
+from training.order import Draw
+from training.pair_mixture import PairMixture
 
 # Seeds of later stages, so far from the numbers of parts and epochs that no two orders are drawn alike. The first stage's order
 # is that of the seed alone.
@@ -24,11 +26,12 @@ PLAN_FILE = "plan.json"
 
 class PlannedStage(NamedTuple):
     number: int
-    mixture: Mixture
+    mixture: Mixture | PairMixture
     loss: Loss
     start: int                  # optimizer steps
     end: int
     batch: int
+    preference: Preference | None = None
 
     @property
     def first(self) -> int:
@@ -60,10 +63,13 @@ class Plan:
         self.hashes: dict[str, str] = {}
         for number, (start, end) in enumerate(zip(starts, starts[1:])):
             loss = recipe.stage_loss(number)
-            mixture = Mixture(recipe.stage_mixture(number), seed=(recipe.seed, STAGE_SEED + number) if number else recipe.seed,
-                              draws=(end - start) * recipe.batch, skip_bad=recipe.data.skip_bad,
-                              needs=partial(needs, loss), cache=cache)
-            self.stages.append(PlannedStage(number, mixture, loss, start, end, recipe.batch))
+            common = {"seed": (recipe.seed, STAGE_SEED + number) if number else recipe.seed,
+                      "draws": (end - start) * recipe.batch, "skip_bad": recipe.data.skip_bad, "cache": cache}
+            if recipe.preference is None:
+                mixture = Mixture(recipe.stage_mixture(number), needs=partial(needs, loss), **common)
+            else:
+                mixture = PairMixture(recipe.stage_mixture(number), preference=recipe.preference, **common)
+            self.stages.append(PlannedStage(number, mixture, loss, start, end, recipe.batch, recipe.preference))
             self.hashes |= mixture.hashes
 
     def __len__(self) -> int:
@@ -87,11 +93,11 @@ class Plan:
         done = []
         for stage in self.stages:
             counts = stage.mixture.drawn(max(0, min(step, stage.end) - stage.start) * self.batch)
-            done += [{"stage": stage.number, "source": part.source, "view": part.view.value, "drawn": count,
+            done += [{"stage": stage.number, "source": part.source, "view": part.view and part.view.value, "drawn": count,
                       "epochs": round(count / len(part.units), 4)} for part, count in zip(stage.mixture.parts, counts)]
         last = self.draw(step * self.batch - 1) if step else None
         return {"seed": self.seed, "step": step, "draws": step * self.batch, "parts": done, "data": self.hashes,
-                "last": last and [last.source, last.view.value, list(last.problems), last.stage]}
+                "last": last and [last.source, last.view and last.view.value, list(last.problems), last.stage]}
 
     def save(self, folder: Path, step: int) -> None:
         write_json(folder / PLAN_FILE, self.state(step))

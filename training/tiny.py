@@ -30,9 +30,10 @@ from data_prep.provenance import parents, write_json
 from data_prep.twins.drills import DESCRIBE, drills, in_any_order
 from data_prep.twins.questions import KINDS, Balance, ask
 from data_prep.twins.worlds import FAMILIES, LEVELS, World, draw, sample_world
+from training.callbacks import MarkComplete, Metrics, last_checkpoint
 from training.collate import Collator
 from training.config import Data, Model, Optim, Recipe, Save, TowerRates
-from training.trainers import MarkComplete, Metrics, VisionSFTTrainer, last_checkpoint, sft_arguments
+from training.trainers import VisionSFTTrainer, sft_arguments
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
                   "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",

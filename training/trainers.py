@@ -1,32 +1,24 @@
 """Thin subclasses of TRL's trainers. No method lives here: batches carry views and weights, losses are pure functions."""
 
-import json
-import os
-import shutil
-import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from training.collate import IGNORED, Collator, answer_numbers
 from training.config import Recipe
-from training.memory import forget_peak_memory, peak_memory_gb
-from training.model import add_answer_logits, parameter_groups, unwrap
+from training.model import add_answer_logits, parameter_groups, picture_features, unwrap
 from training.objective import Answers
 from training.pace import scheduler
 
-COMPLETE = "complete"       # a file that is written last into a checkpoint: without it, a checkpoint is not one
 
-
-def sft_arguments(recipe: Recipe, run_dir: Path, *, world_size: int = 1, deepspeed: str | None = None) -> SFTConfig:
-    """The recipe in TRL's words.
+def arguments(recipe: Recipe, run_dir: Path, *, world_size: int = 1, deepspeed: str | None = None) -> dict[str, Any]:
+    """The recipe in the words that all of TRL's trainers share.
 
     Raises:
         ValueError: the batch cannot be divided over the ranks.
@@ -34,7 +26,7 @@ def sft_arguments(recipe: Recipe, run_dir: Path, *, world_size: int = 1, deepspe
     if recipe.batch % (recipe.micro_batch * world_size):
         raise ValueError(f"batch={recipe.batch} is not a multiple of micro_batch={recipe.micro_batch} x {world_size} ranks")
     cuda = torch.cuda.is_available()
-    return SFTConfig(
+    return dict(
         output_dir=str(run_dir / "checkpoints"), seed=recipe.seed, data_seed=recipe.seed,
         max_steps=recipe.steps, per_device_train_batch_size=recipe.micro_batch,
         gradient_accumulation_steps=recipe.batch // recipe.micro_batch // world_size,
@@ -47,7 +39,7 @@ def sft_arguments(recipe: Recipe, run_dir: Path, *, world_size: int = 1, deepspe
         gradient_checkpointing=recipe.model.checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.model.checkpointing else None,
         ddp_find_unused_parameters=False,
-        max_length=None, remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None, remove_unused_columns=False,
         # The order is the mixture's: draw n is row n, for any number of ranks and workers, and a resumed run skips by index.
         train_sampling_strategy="sequential", dataloader_num_workers=recipe.data.workers,
         dataloader_persistent_workers=recipe.data.workers > 0, dataloader_pin_memory=cuda,
@@ -56,23 +48,20 @@ def sft_arguments(recipe: Recipe, run_dir: Path, *, world_size: int = 1, deepspe
         report_to=[], disable_tqdm=True, deepspeed=deepspeed)
 
 
-class VisionSFTTrainer(SFTTrainer):
-    """SFTTrainer whose batches come from a mixture, with a float weight per token and a learning rate per tower.
+def sft_arguments(recipe: Recipe, run_dir: Path, **where: Any) -> SFTConfig:
+    """See `arguments`."""
+    return SFTConfig(**arguments(recipe, run_dir, **where), dataset_kwargs={"skip_prepare_dataset": True})
 
-    The loss of an optimizer step is the weighted sum over all its micro-batches and ranks, divided by the weight of the whole
-    step. (Stock TRL averages the means of micro-batches for this model class, which counts short answers more.)
+
+class RecipeTrainer:
+    """What our trainers change about TRL's: a learning rate per tower, the recipe's schedule, sums that are logged as means.
+
+    `recipe` is set before TRL's own __init__ runs.
     """
 
-    loss_is_scaled_for_ga = True
+    recipe: Recipe
 
-    def __init__(self, model, recipe: Recipe, collator: Collator, args: SFTConfig, callbacks: list[TrainerCallback] = ()) -> None:
-        self.recipe = recipe
-        draws = Dataset.from_dict({"draw": range(len(collator.plan))})
-        super().__init__(model=model, args=args, data_collator=collator, train_dataset=draws,
-                         processing_class=collator.encoder.tokenizer, callbacks=list(callbacks))
-        add_answer_logits(unwrap(self.model))
-        self._counted: dict[str, torch.Tensor] = {}     # since the last log: sums over trained tokens, and their number
-        self._tokens: torch.Tensor | None = None        # trained tokens of the optimizer step, over micro-batches and ranks
+    def _quiet(self) -> None:
         self.remove_callback(PrinterCallback)       # the progress bar and metrics.jsonl say the same
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -95,6 +84,59 @@ class VisionSFTTrainer(SFTTrainer):
             return
         saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
         self.model.load_state_dict(saved.state_dict())
+
+    def _alone(self, batch: dict) -> bool:
+        """Whether this rank has no picture while others may have some."""
+        return "pixel_values" not in batch and self.accelerator.num_processes > 1
+
+    def _blank_features(self) -> torch.Tensor:
+        """Sum of the features of one blank image token: a rank without pictures must give the vision tower a gradient, of zeros,
+        when others have pictures, or they would wait for it (DDP) or add up buckets of different lengths (DeepSpeed).
+
+        Made before the language tower's graph, so that its backward pass comes after, as that of a picture does: ZeRO-2 takes
+        gradients for each other's when ranks do not make them in the same order (deepspeedai/DeepSpeed#2343).
+        """
+        base = unwrap(self.model)
+        vision, side = base.config.vision_config, base.config.vision_config.spatial_merge_size
+        pixels = torch.zeros(side**2, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2, device=base.device)
+        return picture_features(base, pixels, torch.tensor([[1, side, side]], device=base.device))[0].sum()
+
+    def counted(self) -> dict[str, float]:
+        """What was counted since the last log, over all ranks; then forgotten."""
+        return {}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if logs.pop("learning_rate", None) is not None:
+            logs.update(self._rates | self.counted())
+        super().log(logs, start_time)
+
+    def _get_learning_rate(self) -> float:
+        """Called between the optimizer's step and the schedule's: the rates that the step was made with."""
+        self._rates = {f"lr_{group['tower']}": group["lr"] for group in self.optimizer.param_groups}
+        return super()._get_learning_rate()
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """TRL writes a card into every checkpoint; ours belongs to the finished run."""
+
+
+class VisionSFTTrainer(RecipeTrainer, SFTTrainer):
+    """SFTTrainer whose batches come from a mixture, with a float weight per token and a learning rate per tower.
+
+    The loss of an optimizer step is the weighted sum over all its micro-batches and ranks, divided by the weight of the whole
+    step. (Stock TRL averages the means of micro-batches for this model class, which counts short answers more.)
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, model, recipe: Recipe, collator: Collator, args: SFTConfig, callbacks: list[TrainerCallback] = ()) -> None:
+        self.recipe = recipe
+        draws = Dataset.from_dict({"draw": range(len(collator.plan))})
+        super().__init__(model=model, args=args, data_collator=collator, train_dataset=draws,
+                         processing_class=collator.encoder.tokenizer, callbacks=list(callbacks))
+        add_answer_logits(unwrap(self.model))
+        self._counted: dict[str, torch.Tensor] = {}     # since the last log: sums over trained tokens, and their number
+        self._tokens: torch.Tensor | None = None        # trained tokens of the optimizer step, over micro-batches and ranks
+        self._quiet()
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         if not batch_samples:
@@ -133,8 +175,7 @@ class VisionSFTTrainer(SFTTrainer):
         trained = labels[:, 1:] != IGNORED
         batch = {key: value for key, value in batch.items() if key != "loss_weight"}
         with nullcontext() if learns else torch.no_grad():
-            alone = "pixel_values" not in batch and self.accelerator.num_processes > 1
-            blank = self._blank_features() if learns and alone else None
+            blank = self._blank_features() if learns and self._alone(batch) else None
             if full:
                 logps = model(**batch, use_cache=False, answer_logits=True).logits.float().log_softmax(-1)
                 wanted = labels[:, 1:][trained]
@@ -152,136 +193,10 @@ class VisionSFTTrainer(SFTTrainer):
         for name, value in sums.items():
             self._counted[name] = self._counted.get(name, 0) + value.detach().float()
 
-    def _blank_features(self) -> torch.Tensor:
-        """Sum of the features of one blank image token: a rank without pictures must give the vision tower a gradient, of zeros,
-        when others have pictures, or they would wait for it (DDP) or add up buckets of different lengths (DeepSpeed).
-
-        Made before the language tower's graph, so that its backward pass comes after, as that of a picture does: ZeRO-2 takes
-        gradients for each other's when ranks do not make them in the same order (deepspeedai/DeepSpeed#2343).
-        """
-        base = unwrap(self.model)
-        vision, side = base.config.vision_config, base.config.vision_config.spatial_merge_size
-        pixels = torch.zeros(side**2, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2, device=base.device)
-        return base.model.get_image_features(pixels, torch.tensor([[1, side, side]], device=base.device)).pooler_output[0].sum()
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if logs.pop("learning_rate", None) is not None:
-            logs.update(self._rates)
-            names = sorted(self._counted)       # the same on every rank, as all are in the same stage
-            sums = self.accelerator.reduce(torch.stack([self._counted[name] for name in names]), reduction="sum").tolist()
-            counted = dict(zip(names, sums))
-            tokens = max(counted.pop("tokens"), 1)
-            logs.update({name: value / tokens for name, value in counted.items()})
-            self._counted = {}
-        super().log(logs, start_time)
-
-    def _get_learning_rate(self) -> float:
-        """Called between the optimizer's step and the schedule's: the rates that the step was made with."""
-        self._rates = {f"lr_{group['tower']}": group["lr"] for group in self.optimizer.param_groups}
-        return super()._get_learning_rate()
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """TRL writes a card into every checkpoint; ours belongs to the finished run."""
-
-
-class MarkComplete(TrainerCallback):
-    """Writes the mark of a whole checkpoint, after everything else in it, and only then deletes all but the last `keep`.
-
-    (The trainer itself would delete older ones first, so that a process killed in between had none left.)
-    """
-
-    def __init__(self, keep: int = 2, also: Callable[[Path, int], None] | None = None) -> None:
-        """also: writes something more of ours into a checkpoint, given its folder and step."""
-        self.keep, self.also = keep, also
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        PartialState().wait_for_everyone()      # every rank writes its own random state into the checkpoint
-        if not state.is_world_process_zero:
-            return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.also is not None:
-            self.also(folder, state.global_step)
-        (folder / COMPLETE).touch()
-        for old in sorted(Path(args.output_dir).glob("checkpoint-*"), key=_step_of)[:-self.keep]:
-            (old / COMPLETE).unlink(missing_ok=True)
-            shutil.rmtree(old)
-
-
-class RestartOptimizer(TrainerCallback):
-    """Forgets the optimizer's moments where a stage asks for it: before the first step of the stage."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.steps = {start for start, stage in zip(recipe.stage_starts, recipe.stages) if stage.optimizer == "restart" and start}
-
-    def on_step_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
-        if state.global_step in self.steps:
-            while getattr(optimizer, "optimizer", None) is not None:
-                optimizer = optimizer.optimizer     # inside accelerate's and DeepSpeed's wrappers
-            optimizer.state.clear()
-
-
-class Metrics(TrainerCallback):
-    """metrics.jsonl (one JSON object per logged step) and a progress bar with loss and examples per second."""
-
-    def __init__(self, path: Path, batch: int) -> None:
-        self.path, self.batch = path, batch
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self._bar = None
-        if not state.is_world_process_zero:
-            return
-        from tqdm import tqdm
-
-        self._seconds_before = self._forget_after(state.global_step)
-        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.path.parent.name, unit="step", mininterval=2)
-        self._start = (time.perf_counter(), state.global_step)
-        forget_peak_memory()
-
-    def _forget_after(self, step: int) -> float:
-        """Drop the lines after the checkpoint that a run continues from, which are logged again; seconds up to there."""
-        rows = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:        # cut off when the process was killed
-                continue
-        rows = [row for row in rows if row["step"] <= step]
-        part = self.path.with_name(self.path.name + ".part")
-        part.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        os.replace(part, self.path)
-        return rows[-1].get("seconds", 0.0) if rows else 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Of training, over all resumed parts."""
-        return self._seconds_before + time.perf_counter() - self._start[0]
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if self._bar is None or "loss" not in logs:
-            return
-        seconds, steps = time.perf_counter() - self._start[0], state.global_step - self._start[1]
-        rate = steps * self.batch / seconds
-        self._bar.set_postfix(loss=f"{logs['loss']:.3f}", examples_per_s=f"{rate:.1f}")
-        row = {"step": state.global_step, **logs, "examples_per_s": round(rate, 2), "seconds": round(self.seconds, 1)}
-        if (peak_gb := peak_memory_gb()) is not None:
-            row["peak_memory_gb"] = round(peak_gb, 3)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-def last_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint that was written to its end."""
-    whole = [mark.parent for mark in (run_dir / "checkpoints").glob(f"checkpoint-*/{COMPLETE}")]
-    return max(whole, key=_step_of, default=None)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+    def counted(self) -> dict[str, float]:
+        """Means over trained tokens."""
+        names = sorted(self._counted)       # the same on every rank, as all are in the same stage
+        sums = dict(zip(names, self.accelerator.reduce(torch.stack([self._counted[name] for name in names]), reduction="sum").tolist()))
+        self._counted = {}
+        tokens = max(sums.pop("tokens"), 1)
+        return {name: value / tokens for name, value in sums.items()}

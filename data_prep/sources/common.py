@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from PIL import Image
 from tqdm import tqdm
@@ -24,7 +24,9 @@ from data_prep.images import FORMATS, MAX_PIXELS, ProblemError, load
 from data_prep.read import (
     FIELDS, BadRows, Problem, as_tuple, check_row, json_lines, named, one_or_several, parse_json, write_problems,
 )  # fmt: skip
+from data_prep.sources.groups import tied
 
+T = TypeVar("T")
 Picture = Callable[[], Path | bytes]  # gives a picture's file or its bytes; asked only when its draft is used
 
 
@@ -89,21 +91,31 @@ def _readable(path: Path) -> Iterator[None]:
         raise ProblemError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def drafts_of(rows: Iterable[Row], build: Callable[[dict, Row], list[Draft]], bad: BadRows) -> Iterator[Draft]:
-    """The drafts that `build` makes of each row, their words checked; rows that fail go to `bad`."""
+def made_of(rows: Iterable[Row], build: Callable[[dict, Row], list[T]], bad: BadRows) -> Iterator[T]:
+    """What `build` makes of each row; rows that fail, all that they hold, go to `bad`."""
     for row in rows:
         try:
             value = row.parse()
             if not isinstance(value, dict):
                 raise ProblemError("row: must be an object")
-            drafts = [replace(draft, row=row) for draft in build(value, row)]
-            for draft in drafts:
-                problem = _with_published(draft.problem, _stand_ins(draft))
-                check_row({name: getattr(problem, name) for name in FIELDS})
+            made = build(value, row)
         except ProblemError as error:
             bad.keep(row.file, row.where, error, row.raw)
             continue
-        yield from drafts
+        yield from made
+
+
+def drafts_of(rows: Iterable[Row], build: Callable[[dict, Row], list[Draft]], bad: BadRows) -> Iterator[Draft]:
+    """The drafts that `build` makes of each row, their words checked; rows that fail go to `bad`."""
+
+    def checked(value: dict, row: Row) -> list[Draft]:
+        drafts = [replace(draft, row=row) for draft in build(value, row)]
+        for draft in drafts:
+            problem = _with_published(draft.problem, _stand_ins(draft))
+            check_row({name: getattr(problem, name) for name in FIELDS})
+        return drafts
+
+    return made_of(rows, checked, bad)
 
 
 def _stand_ins(draft: Draft) -> dict[str, tuple[str, ...]]:
@@ -122,24 +134,9 @@ def joined(drafts: Iterable[Draft]) -> Iterator[Draft]:
     Problems are split by group, and a picture may not stand in two splits.
     """
     drafts = list(drafts)
-    place: dict[str, int] = {}  # of each name, in order of appearance
-    parent: list[int] = []
-
-    def root(name: str) -> int:
-        found = place.setdefault(name, len(parent))
-        if found == len(parent):
-            parent.append(found)
-        while parent[found] != found:
-            parent[found] = found = parent[parent[found]]
-        return found
-
-    for draft in drafts:
-        roots = [root(name) for name in (draft.problem.group, *draft.problem.pictures)]
-        for one in roots:
-            parent[one] = min(roots)
-    names = list(place)
-    for draft in drafts:
-        yield replace(draft, problem=replace(draft.problem, group=names[root(draft.problem.group)]))
+    groups = tied((draft.problem.group, *draft.problem.pictures) for draft in drafts)
+    for draft, group in zip(drafts, groups, strict=True):
+        yield replace(draft, problem=replace(draft.problem, group=group))
 
 
 def take(row: dict, name: str, *kinds: type) -> Any:
@@ -169,10 +166,10 @@ def arguments(doc: str, module: str, test_share: float | None = 0.2) -> argparse
     else:
         said = "share of problems in test.jsonl (default: %(default)s)"
         parser.add_argument("--test-share", type=_share, default=test_share, help=said)
-    parser.add_argument("--limit", type=_positive, help="at most this many problems, groups in a hash's order, the last cut off")
+    parser.add_argument("--limit", type=positive, help="at most this many problems, groups in a hash's order, the last cut off")
     parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out, write them to OUT/rows.bad.jsonl")
     parser.add_argument(
-        "--max-pixels", type=_positive, default=MAX_PIXELS, help="largest picture (default: %(default)s)"
+        "--max-pixels", type=positive, default=MAX_PIXELS, help="largest picture (default: %(default)s)"
     )
     return parser
 
@@ -184,7 +181,8 @@ def _share(text: str) -> float:
     return value
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number of at least 1, from the command line."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
@@ -262,11 +260,24 @@ class Placer:
             view: self._look(f"meta.published.{view}.image", pictures, as_tuple(entries.get(view, {}).get("image")), new)
             for view, pictures in draft.published.items()
         }
+        self._settle(new)
+        problem = replace(draft.problem, image=one_or_several(one.path for one in own))
+        return _with_published(problem, {view: [one.path for one in found] for view, found in published.items()})
+
+    def put(self, fields: Mapping[str, Sequence[Picture]]) -> dict[str, tuple[str, ...]]:
+        """Paths, relative to OUT, of pictures that then lie in OUT/images under hashes of their bytes; by field, in order.
+
+        ProblemError "<field>: ..." when one cannot be used; then none of them is placed.
+        """
+        new: dict[str, _Found] = {}
+        found = {field: self._look(field, pictures, (), new) for field, pictures in fields.items()}
+        self._settle(new)
+        return {field: tuple(one.path for one in pictures) for field, pictures in found.items()}
+
+    def _settle(self, new: Mapping[str, _Found]) -> None:
         for key, one in new.items():
             (_link if isinstance(one.source, Path) else _store)(one.source, self.out / one.path)
             self.paths[key] = one.path
-        problem = replace(draft.problem, image=one_or_several(one.path for one in own))
-        return _with_published(problem, {view: [one.path for one in found] for view, found in published.items()})
 
     def _look(
         self, field: str, pictures: Sequence[Picture], names: Sequence[str], new: dict[str, _Found], *, decode: bool = False
@@ -275,14 +286,14 @@ class Placer:
         found = []
         for picture, (where, name) in zip(pictures, named(field, names or (None,) * len(pictures)), strict=True):
             source = picture()
-            if isinstance(source, Path) and name is None:
-                source = source.read_bytes()
-            key = str(source) if isinstance(source, Path) else hashlib.sha256(source).hexdigest()
+            # A file without a name is known by its bytes too, and linked like one with a name.
+            data = source.read_bytes() if isinstance(source, Path) and name is None else source
+            key = str(data) if isinstance(data, Path) else hashlib.sha256(data).hexdigest()
             if key in self.paths:
                 found.append(_Found(source, self.paths[key], self._decoded(source, where) if decode else None))
                 continue
             if key not in new:
-                path = f"images/{name if isinstance(source, Path) else key[:24] + _suffix(source)}"
+                path = f"images/{name if isinstance(data, Path) else key[:24] + _suffix(data)}"
                 new[key] = _Found(source, path, self._decoded(source, where))
                 if self.owners.setdefault(path, key) != key:
                     raise ProblemError(f"{where}: {path} is another picture's place already")

@@ -1,0 +1,1 @@
+"""Adapters from public preference data to pairs: one file each, runnable alone."""
