@@ -91,9 +91,15 @@ preference: $(SETUP) data/twins/train.pairs.jsonl
 	$(MAKE) --no-print-directory -j2 $(foreach seed,0 1 2,$(PREFERENCE:%=ladder-%-seed$(seed)))
 	$(PY) -m eval.readme --collect results/preference --task twins --control dpo-sft base=$(RESULTS)/base \
 		$(foreach recipe,full-text $(PREFERENCE),$(recipe)=$(call seeds,$(recipe)))
-	$(PY) -m eval.case_study --model assets/tiny --tasks twins --limit 600 --out $(RESULTS)/preference-case-study \
-		$(foreach recipe,full-text $(PREFERENCE),--adapter $(recipe)=$(DEMO)/$(recipe)-seed0/adapter)
+	$(PY) -m eval.run --model assets/tiny $(CASE) --out $(RESULTS)/case/base
+	$(MAKE) --no-print-directory -j2 $(foreach seed,0 1 2,$(foreach recipe,full-text $(PREFERENCE),case-$(recipe)-seed$(seed)))
+	$(PY) -m eval.case_study --out $(RESULTS)/preference-case-study --runs base=$(RESULTS)/case/base \
+		$(foreach recipe,full-text $(PREFERENCE),$(recipe)=$(subst results/,results/case/,$(call seeds,$(recipe))))
 	cp $(RESULTS)/preference-case-study/case_study.json $(RESULTS)/preference-case-study/case_study.svg results/preference/
+
+CASE := --tasks twins --limit 600 --views both,vision,text,blind,white,shuffled,conflict,other_facts
+case-%:
+	$(PY) -m eval.run --model assets/tiny --adapter $(DEMO)/$*/adapter $(CASE) --out $(RESULTS)/case/$*
 
 # A virtual environment of its own, renewed when requirements.txt changes.
 setup: $(SETUP)

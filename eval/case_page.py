@@ -13,10 +13,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from data_prep import libraries
-from eval import plots
+from eval import gap, plots
 from eval.gap import left_out_words, points
 from eval.reliance import EPSILON
 from eval.report import TEMPLATES, settings_words
+from eval.show import table_lines
 
 
 class Text(NamedTuple):
@@ -335,3 +336,24 @@ def build(result: Mapping) -> str:
         not_given=NOT_GIVEN, only_in_some=result["only_in_some"],
         origin=json.dumps({**origin, "tasks": {task: found["data"] for task, found in result["tasks"].items()}}, indent=1,
                           sort_keys=True, ensure_ascii=False))
+
+
+SHOWN = (("same answer for a white picture", "consistency", "white"), ("same answer for another picture", "consistency", "shuffled"),
+         ("follows the words under conflict", "text_preference", "conflict"), ("perceptual score", "perceptual", "accuracy"),
+         ("image's Shapley share", "shapley_share", "accuracy"))
+
+
+def block(result: Mapping) -> list[str]:
+    """The documentation's table of a case study (`case_study.json`) of one task: what says most about reliance on the picture."""
+    (task, found), = result["tasks"].items()
+    rows = []
+    for name, model in gap.numbers(found["models"]).items():
+        measured = [model["measures"].get(measure, {}).get(variant) for _, measure, variant in SHOWN]
+        rows.append((f"`{name}`", *(gap.within(one) for one in measured)))
+    first = next(iter(found["models"].values()))
+    seeds = max(model["n_seeds"] for model in found["models"].values())
+    text = (f"{first['n']:,} items in {first['n_groups']:,} groups (task `{task}`), {seeds} training seed{'s' * (seeds > 1)}; in "
+            "per cent, with 95 % intervals clustered by group. The lower the first three, the more the picture decides.")
+    if result["dirty"]:
+        text += " Made from a working tree with uncommitted changes."
+    return [*table_lines(("run", *(title for title, _, _ in SHOWN)), rows), "", text]

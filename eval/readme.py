@@ -2,9 +2,9 @@
 
 Rewrites what stands between `<!-- generated: WHAT -->` and `<!-- end -->` in README.md and recipes/README.md. WHAT is
 `recipes` (a table of the recipes) or a folder of results, such as `results/demo`, with the name of a task behind it
-when another one than --task is meant, or `curve` and such a folder (the table of eval.curve). Draws gap.svg beside
-every results/*/summary.json and curve.svg beside every curve.json. --check writes nothing and exits 1 naming what is
-out of date.
+when another one than --task is meant, or `curve` or `case study` and such a folder (the tables of eval.curve and
+eval.case_study). Draws gap.svg beside every results/*/summary.json and curve.svg beside every curve.json. --check
+writes nothing and exits 1 naming what is out of date.
 
     python -m eval.readme --collect results/demo --control full-text base=DIR full-text=DIR,DIR,DIR no-text=DIR,DIR,DIR
 
@@ -26,7 +26,7 @@ import yaml
 from tqdm import tqdm
 
 from data_prep.provenance import write_json
-from eval import curve, gap, plots, stats
+from eval import case_page, curve, gap, plots, stats
 from eval.answers import SETTINGS, AnswersError, Side, check_pair
 from eval.parents import parents, rounded
 from eval.report import CONTROL, pairs_of, parse_runs
@@ -277,11 +277,13 @@ def generate(what: str, root: Path) -> str:
         lines = recipes_block(root)
     elif what.startswith("curve results/"):
         lines = curve.block(_read(root / what.removeprefix("curve ").strip() / "curve.json"))
+    elif what.startswith("case study results/"):
+        lines = case_page.block(_read(root / what.removeprefix("case study ").strip() / "case_study.json"))
     else:
         folder, _, task = what.partition(" ")
         if not folder.startswith("results/"):
-            raise ReadmeError(f"nothing is generated under the name '{what}'; there are recipes, results/... and "
-                              "curve results/...")
+            raise ReadmeError(f"nothing is generated under the name '{what}'; there are recipes, results/..., "
+                              "curve results/... and case study results/...")
         summary = _read(root / folder / "summary.json")
         lines = results_block(summary, task.strip() or summary["headline"])
     return "\n".join(["", *lines, "", ""])
