@@ -121,16 +121,18 @@ def _change(summary: Mapping, task: str, run: str) -> dict | None:
     return gap.numbers(one) if one is not None and "gap" in one else None
 
 
-def _best(summary: Mapping) -> tuple[str | None, int]:
-    """(the run whose gap on the headline task changes to the lowest against the control, how many it was chosen from).
+def _best(summary: Mapping) -> tuple[str | None, int, str]:
+    """(the run whose gap on the headline task changes to the lowest against the control, how many it was chosen from, which).
 
-    One run for all tasks: a best one per task would be chosen by each task's luck.
+    Among those that closed it well, where there are any: a gap may also fall because the words are answered worse. One run for
+    all tasks: a best one per task would be chosen by each task's luck.
     """
     measured = summary["tasks"][summary["headline"]]["runs"]
     most = max(one["n_seeds"] for one in measured.values())     # a run with fewer seeds than the others may be best by luck
     found = {name: _change(summary, summary["headline"], name) for name, one in measured.items() if one["n_seeds"] == most}
-    change = {name: one["gap"]["change"] for name, one in found.items() if one is not None}
-    return min(change, key=change.__getitem__, default=None), len(change)
+    well = {name: one for name, one in found.items() if one is not None and one["verdict"]["word"] == "closed well"}
+    change = {name: one["gap"]["change"] for name, one in (well or found).items() if one is not None}
+    return min(change, key=change.__getitem__, default=None), len(change), " that closed it well" if well else ""
 
 
 def _sentence(summary: Mapping, task: str, rows: Sequence[Mapping]) -> str:
@@ -141,12 +143,12 @@ def _sentence(summary: Mapping, task: str, rows: Sequence[Mapping]) -> str:
         size += f" Left out of all numbers: {gap.left_out_words(left_out)}."
     if summary["dirty"]:
         size += " Made from a working tree with uncommitted changes."
-    before, (after, many) = _control(summary), _best(summary)
+    before, (after, many, which) = _control(summary), _best(summary)
     found = _change(summary, task, after) if after else None
     if found is None:
         return size
     on = "" if task == summary["headline"] else f" on `{summary['headline']}`"
-    chosen = f", the lowest gap of {many} runs{on}," if many > 1 else ""
+    chosen = f", the lowest gap of {many} runs{which}{on}," if many > 1 else ""
     moved = ", ".join(f"`{view}` {gap.within(found['views'][view], 'change', True)}"
                       for view in ("vision", "both", "text") if view in found["views"])
     trained = [one for run in summary["runs"] if run["name"] in (before, after) for one in run["seeds"] if one["recipe"]]

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from training.config import RecipeError, find_beside, load_recipe, merge, parse_override, read_yaml
+from training.config import RecipeError, load_recipe
+from training.strict import find_beside, merge, parse_override, read_yaml
 
 GOOD = """\
 name: demo

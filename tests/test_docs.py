@@ -120,7 +120,7 @@ def test_blocks_hold_the_numbers(collected):
     assert cells(text, "full-text") == ["95.0", "95.0", "55.0", "50.0", "+40.0", "+40.0", "+5.0", "-", "-"]
     assert cells(text, "vision-centric") == ["95.0", "95.0", "85.0", "50.0", "+10.0", "+10.0", "+35.0", "-30.0", "75.0"]
     assert cells(text, "mix") == ["95.0", "95.0", "75.0", "50.0", "+20.0", "+20.0", "+25.0", "-20.0", "50.0"]
-    assert ("From `full-text` to `vision-centric`, the lowest gap of 2 runs, the gap changes by -30.0 [" in text
+    assert ("From `full-text` to `vision-centric`, the lowest gap of 2 runs that closed it well, the gap changes by -30.0 [" in text
             and "which closes 75.0 [" in text and "`vision` +30.0 [" in text and "(closed well)" in text)
     assert "3 training seeds, 180 optimizer steps each" in text and "40 items in 20 groups" in text
     assert "change of the gap per seed: -30.0, -30.0, -30.0." in text and "uncommitted" not in text
@@ -170,10 +170,20 @@ def test_the_best_run_of_the_headline_task_is_named_in_every_task(collected):
         if (one["before"], one["after"]) == ("full-text", "vision-centric"):
             one["gap"]["change"] = 0.01        # the other task would name mix
     text = "\n".join(readme.results_block(summary, "twins_new"))
-    assert "From `full-text` to `vision-centric`, the lowest gap of 2 runs on `twins`, the gap changes by +1.0 [" in text
+    assert "From `full-text` to `vision-centric`, the lowest gap of 2 runs that closed it well on `twins`, the gap changes by +1.0 [" in text
+    for task in summary["tasks"].values():
+        for one in task["changes"]:
+            if (one["before"], one["after"]) == ("full-text", "vision-centric"):
+                one["verdict"]["word"] = "closed by loss"   # the lower gap is not the better run
+    text = "\n".join(readme.results_block(summary, "twins"))
+    assert "From `full-text` to `mix` the gap changes by -20.0 [" in text
+    for task in summary["tasks"].values():
+        for one in task["changes"]:
+            if "verdict" in one:
+                one["verdict"]["word"] = "closed well"
     summary["headline"] = "twins_new"
     text = "\n".join(readme.results_block(summary, "twins_new"))
-    assert "From `full-text` to `mix`, the lowest gap of 2 runs, the gap changes by -20.0 [" in text
+    assert "From `full-text` to `mix`, the lowest gap of 2 runs that closed it well, the gap changes by -20.0 [" in text
 
 
 def test_another_control_and_none(repository, tmp_path):

@@ -9,9 +9,10 @@ import pytest
 import train
 from data_prep.twins.__main__ import write
 from training.callbacks import COMPLETE
-from training.config import Preference, load_pipeline, load_recipe, read_yaml
+from training.config import Preference, load_pipeline, load_recipe
 from training.mixture import Mixture
 from training.pair_mixture import PairMixture
+from training.strict import read_yaml
 
 from .pairs_for_tests import pairs_of, written
 

@@ -4,35 +4,28 @@ Every key is a field below; an unknown key, a wrong type or a missing file is a 
 weight is loaded. `key=value` overrides come last and are recorded in the run folder with everything else.
 """
 
-import json
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, field, replace
-from difflib import get_close_matches
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field
 from pydantic.dataclasses import dataclass
+
+from training.strict import STRICT, RecipeError, build, find_beside, merge, parse_override, read_yaml
 
 TOWERS = ("vision", "merger", "language")
 # TRL's loss types for answers
 AnswerLoss = Literal["sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
                      "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"]
 
-_STRICT = ConfigDict(extra="forbid", strict=True)
 Count = Annotated[int, Field(ge=1)]
 Size = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class RecipeError(ValueError):
-    """A recipe or mixture that cannot be used; the message names file and key."""
-
-
-@dataclass(config=_STRICT, frozen=True)
+@dataclass(config=STRICT, frozen=True)
 class Model:
     name: str                                   # local folder or hub id
     revision: str | None = None
@@ -44,20 +37,20 @@ class Model:
     checkpointing: bool = False                 # recompute activations of the language tower in the backward pass
 
 
-@dataclass(config=_STRICT, frozen=True)
+@dataclass(config=STRICT, frozen=True)
 class Data:
     mixture: str                                # a YAML file, looked for beside the recipe and in its parent folders
     workers: Size = 0                           # processes that render, decode and tokenise ahead; the order does not depend on it
     skip_bad: bool = False                      # leave bad rows out instead of stopping
 
 
-@dataclass(config=_STRICT, frozen=True)
+@dataclass(config=STRICT, frozen=True)
 class Rank:
     rank: Size                                  # 0 freezes the tower
     alpha: Amount | None = None                 # default: 2 * rank
 
 
-@dataclass(config=_STRICT, frozen=True)
+@dataclass(config=STRICT, frozen=True)
 class Lora:
     vision: Rank = field(default_factory=lambda: Rank(0))
     merger: Rank = field(default_factory=lambda: Rank(0))
@@ -65,7 +58,7 @@ class Lora:
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
-@dataclass(config=_STRICT, frozen=True)
+@dataclass(config=STRICT, frozen=True)
 class TowerRates:
     """Peak learning rate per tower. 0 freezes the tower."""
     vision: Amount
@@ -73,7 +66,7 @@ class TowerRates:
     language: Amount
 
 
-@dataclass(config=_STRICT, frozen=True)
+@dataclass(config=STRICT, frozen=True)
 class Optim:
     lr: TowerRates
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
@@ -83,7 +76,7 @@ class Optim:
     clip: Amount = 1.0                          # largest gradient norm; 0 does not clip
 
 
-@dataclass(config=_STRICT, frozen=True)
+@dataclass(config=STRICT, frozen=True)
 class CrossModalKL:
     """Adds coef * KL(teacher view || student view) of the same answers; see training.losses.cross_modal_kl."""
     coef: Amount = 1.0
@@ -99,13 +92,13 @@ class CrossModalKL:
             raise ValueError(f"a clamp belongs to the estimator k3, not to {self.estimator}")
 
 
-@dataclass(config=_STRICT, frozen=True)
+@dataclass(config=STRICT, frozen=True)
 class Consistency:
     """Adds coef * Jensen-Shannon divergence of the same answers in the views `both` and `vision`."""
     coef: Amount = 1.0
 
 
-@dataclass(config=_STRICT, frozen=True)
+@dataclass(config=STRICT, frozen=True)
 class Loss:
     # tokens: long answers count more; rows: every answer counts once; evidence: a token counts by how much the picture changes
     # its probability, and at least evidence_floor
@@ -119,7 +112,7 @@ class Loss:
             raise ValueError("evidence_floor changes nothing without weigh: evidence")
 
 
-@dataclass(config=_STRICT, frozen=True)
+@dataclass(config=STRICT, frozen=True)
 class NoiseAware:
     """NaPO's term on answers given without looking (rejected_prior); see training.losses.gce and noise_aware_q."""
     weight: Amount = 1.0
@@ -128,7 +121,7 @@ class NoiseAware:
     memory: Annotated[float, Field(ge=0, lt=1)] = 0.9   # of the running mean of margins that q follows; 0: the batch's own
 
 
-@dataclass(config=_STRICT, frozen=True)
+@dataclass(config=STRICT, frozen=True)
 class SymMPO:
     """The terms of training.losses.sympmo; symmetric pairs are needed."""
     lam: Amount = 0.5
@@ -136,7 +129,7 @@ class SymMPO:
     eta: Amount = 1.0
 
 
-@dataclass(config=_STRICT, frozen=True)
+@dataclass(config=STRICT, frozen=True)
 class Preference:
     """What pairs teach: one set of log-ratios, several terms, each with a weight; see training.preference.
 
@@ -159,7 +152,7 @@ class Preference:
     watch: bool = True                          # log what no term needs too: the chosen answer without picture, and under the rejected one
 
 
-@dataclass(config=_STRICT, frozen=True)
+@dataclass(config=STRICT, frozen=True)
 class Stage:
     """A part of the run. Unset keys are the recipe's."""
     share: Annotated[float, Field(gt=0, le=1)]  # of the optimizer steps; the shares of a recipe sum to 1
@@ -169,13 +162,13 @@ class Stage:
     schedule: Literal["carry", "restart"] = "carry"     # restart: the stage begins a schedule of its own, warm-up included
 
 
-@dataclass(config=_STRICT, frozen=True)
+@dataclass(config=STRICT, frozen=True)
 class Save:
     every: Count = 100                          # optimizer steps between checkpoints
     keep: Count = 2                             # older ones are deleted
 
 
-@dataclass(config=_STRICT, frozen=True)
+@dataclass(config=STRICT, frozen=True)
 class Recipe:
     name: str
     model: Model
@@ -235,133 +228,6 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML shows them."""
         return asdict(self)
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-4 is a number, as everybody expects, and a repeated key is an error."""
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
-
-
-def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict:
-    seen = set()
-    for key, _ in node.value:
-        name = loader.construct_object(key, deep=True)
-        if not isinstance(name, (str, int, float)):
-            raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key.start_mark)
-        if name in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is given twice", key.start_mark)
-        seen.add(name)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping. RecipeError names file and line."""
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path}: a mapping of keys to values is needed")
-    return values
-
-
-def build(kind: type, values: dict[str, Any], where: str | Path, layers: Iterable[tuple[str | Path, dict]] = ()) -> Any:
-    """Values to a dataclass. RecipeError says which key is wrong and suggests the nearest name.
-
-    layers: (place, values) of what `values` was merged from, the lowest first: a mistake is reported at the place it was made.
-    """
-    try:
-        # As JSON, because strict validation of Python objects would ask for instances of the nested dataclasses.
-        return TypeAdapter(kind).validate_json(json.dumps(values, default=str))
-    except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            places = [place for place, layer in layers if _holds(layer, problem["loc"])]
-            lines.append(_explain(kind, problem, places[-1] if places and problem["loc"] else where))
-        raise RecipeError("\n".join(lines)) from None
-
-
-def _holds(values: Any, path: Iterable[str | int]) -> bool:
-    for part in path:
-        if not isinstance(values, dict):
-            return True                         # the mistake is above the end of the path
-        if part not in values:
-            return False
-        values = values[part]
-    return True
-
-
-def _explain(kind: type, problem: dict, where: str | Path) -> str:
-    path = [str(part) for part in problem["loc"]]
-    key = ".".join(path) or "recipe"
-    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        near = get_close_matches(path[-1], _field_names(kind, path[:-1]), n=1, cutoff=0.5)
-        return f"{where}: {key}: no such key" + (f"; did you mean '{near[0]}'?" if near else "")
-    if problem["type"] in ("missing", "missing_argument"):
-        return f"{where}: {key}: is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    given = "" if problem["type"] == "value_error" else f", not {problem['input']!r}"
-    return f"{where}: {key}: {message[0].lower() + message[1:]}{given}"
-
-
-def _field_names(kind: Any, path: list[str]) -> list[str]:
-    """Names of the fields of the dataclass that `path` leads to."""
-    for part in path:
-        fields = getattr(kind, "__dataclass_fields__", {})
-        if part not in fields:
-            continue                            # an index, or the branch of a union
-        kind = fields[part].type
-        for option in getattr(kind, "__args__", ()):
-            if hasattr(option, "__dataclass_fields__"):
-                kind = option
-    return list(getattr(kind, "__dataclass_fields__", {}))
-
-
-def parse_override(text: str) -> tuple[list[str], Any]:
-    """`a.b=1e-4` to (["a", "b"], 0.0001); values are read as YAML."""
-    key, equals, value = text.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
-        raise RecipeError(f"override {text!r}: key=value is needed, such as optim.lr.vision=1e-4")
-    try:
-        return key.split("."), yaml.load(value, _Loader) if value else None
-    except yaml.YAMLError:
-        raise RecipeError(f"override {text!r}: {value!r} is not a value") from None
-
-
-def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the keys of `change`; mappings are merged, everything else replaced.
-
-    A list against a mapping of numbers (`stages.1.share=0.5`) keeps its other entries. IndexError or ValueError: no such entry.
-    """
-    merged = dict(base)
-    for key, value in change.items():
-        if isinstance(merged.get(key), list) and isinstance(value, dict):
-            entries = dict(enumerate(merged[key]))
-            if unknown := [number for number in value if not number.isdigit() or int(number) not in entries]:
-                raise IndexError(unknown[0])
-            changed = merge({str(number): entry for number, entry in entries.items()}, value)
-            merged[key] = [changed[str(number)] for number in entries]
-            continue
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged
-
-
-def find_beside(name: str, folder: Path) -> Path | None:
-    """`name` in `folder` or the nearest of its parents up to the one called `recipes`; else relative to the working folder."""
-    for place in (folder, *folder.parents):
-        if (place / name).is_file():
-            return place / name
-        if place.name == "recipes":
-            break
-    return Path(name) if Path(name).is_file() else None
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:

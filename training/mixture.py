@@ -35,13 +35,14 @@ from rich.table import Table
 
 from data_prep import libraries
 from data_prep.problem import Problem, ProblemError, Prompt, View, partners, possible_views, read_problems, render
-from training.config import _STRICT, Count, RecipeError, build, load_recipe, read_yaml
+from training.config import Count, load_recipe
 from training.order import Draw, Order, Part, Rate
+from training.strict import STRICT, RecipeError, build, read_yaml
 
 Needs = Callable[[View], Collection[View]]      # a drawn view -> the views a loss shows the same problems in as well
 
 
-@checked(config=_STRICT, frozen=True)
+@checked(config=STRICT, frozen=True)
 class NeedsPicture:
     """Keep the problems whose picture is worth something; arguments of data_prep.blind.needs_picture."""
     scores: str                                 # what python -m data_prep.blind wrote
@@ -50,7 +51,7 @@ class NeedsPicture:
     max_blind: float | None = None
 
 
-@checked(config=_STRICT, frozen=True)
+@checked(config=STRICT, frozen=True)
 class Source:
     problems: str                               # JSONL, relative to the working folder or beside the mixture
     views: dict[str, Rate]
@@ -62,7 +63,7 @@ class Source:
     avoid: list[str] = field(default_factory=list)
 
 
-@checked(config=_STRICT, frozen=True)
+@checked(config=STRICT, frozen=True)
 class MixtureFile:
     sources: dict[str, Source]
 

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from data_prep.problem import View
 from data_prep.provenance import file_sha256
-from training.config import RecipeError, find_beside
+from training.strict import RecipeError, find_beside
 
 Rate = Annotated[float, Field(gt=0, le=1)]
 

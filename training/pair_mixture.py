@@ -18,19 +18,20 @@ from rich.markup import escape
 from rich.table import Table
 
 from data_prep.pair import Pair, read_pairs
-from training.config import _STRICT, Preference, RecipeError, build, read_yaml
+from training.config import Preference
 from training.order import Draw, Order, Part, Rate
 from training.preference import Side, answer_of, applicable
+from training.strict import STRICT, RecipeError, build, read_yaml
 
 
-@checked(config=_STRICT, frozen=True)
+@checked(config=STRICT, frozen=True)
 class PairSource:
     pairs: str                                  # JSONL, relative to the working folder or beside the mixture
     rate: Rate
     max_epochs: Annotated[float, Field(gt=0)] | None = None
 
 
-@checked(config=_STRICT, frozen=True)
+@checked(config=STRICT, frozen=True)
 class PairMixtureFile:
     sources: dict[str, PairSource]
 

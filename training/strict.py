@@ -1,0 +1,147 @@
+"""Strict YAML: read, merged, overridden by key=value and built into frozen dataclasses.
+
+A mistake is one sentence that names the place and the key, and suggests the nearest name.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+STRICT = ConfigDict(extra="forbid", strict=True)       # of the dataclasses: no unknown key, no value of another type
+
+
+class RecipeError(ValueError):
+    """A recipe or mixture that cannot be used; the message names file and key."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-4 is a number, as everybody expects, and a repeated key is an error."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict:
+    seen = set()
+    for key, _ in node.value:
+        name = loader.construct_object(key, deep=True)
+        if not isinstance(name, (str, int, float)):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key.start_mark)
+        if name in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is given twice", key.start_mark)
+        seen.add(name)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping. RecipeError names file and line."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a mapping of keys to values is needed")
+    return values
+
+
+def build(kind: type, values: dict[str, Any], where: str | Path, layers: Iterable[tuple[str | Path, dict]] = ()) -> Any:
+    """Values to a dataclass. RecipeError says which key is wrong and suggests the nearest name.
+
+    layers: (place, values) of what `values` was merged from, the lowest first: a mistake is reported at the place it was made.
+    """
+    try:
+        # As JSON, because strict validation of Python objects would ask for instances of the nested dataclasses.
+        return TypeAdapter(kind).validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            places = [place for place, layer in layers if _holds(layer, problem["loc"])]
+            lines.append(_explain(kind, problem, places[-1] if places and problem["loc"] else where))
+        raise RecipeError("\n".join(lines)) from None
+
+
+def _holds(values: Any, path: Iterable[str | int]) -> bool:
+    for part in path:
+        if not isinstance(values, dict):
+            return True                         # the mistake is above the end of the path
+        if part not in values:
+            return False
+        values = values[part]
+    return True
+
+
+def _explain(kind: type, problem: dict, where: str | Path) -> str:
+    path = [str(part) for part in problem["loc"]]
+    key = ".".join(path) or "recipe"
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        near = get_close_matches(path[-1], _field_names(kind, path[:-1]), n=1, cutoff=0.5)
+        return f"{where}: {key}: no such key" + (f"; did you mean '{near[0]}'?" if near else "")
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{where}: {key}: is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = "" if problem["type"] == "value_error" else f", not {problem['input']!r}"
+    return f"{where}: {key}: {message[0].lower() + message[1:]}{given}"
+
+
+def _field_names(kind: Any, path: list[str]) -> list[str]:
+    """Names of the fields of the dataclass that `path` leads to."""
+    for part in path:
+        fields = getattr(kind, "__dataclass_fields__", {})
+        if part not in fields:
+            continue                            # an index, or the branch of a union
+        kind = fields[part].type
+        for option in getattr(kind, "__args__", ()):
+            if hasattr(option, "__dataclass_fields__"):
+                kind = option
+    return list(getattr(kind, "__dataclass_fields__", {}))
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """`a.b=1e-4` to (["a", "b"], 0.0001); values are read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
+        raise RecipeError(f"override {text!r}: key=value is needed, such as optim.lr.vision=1e-4")
+    try:
+        return key.split("."), yaml.load(value, _Loader) if value else None
+    except yaml.YAMLError:
+        raise RecipeError(f"override {text!r}: {value!r} is not a value") from None
+
+
+def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `change`; mappings are merged, everything else replaced.
+
+    A list against a mapping of numbers (`stages.1.share=0.5`) keeps its other entries. IndexError or ValueError: no such entry.
+    """
+    merged = dict(base)
+    for key, value in change.items():
+        if isinstance(merged.get(key), list) and isinstance(value, dict):
+            entries = dict(enumerate(merged[key]))
+            if unknown := [number for number in value if not number.isdigit() or int(number) not in entries]:
+                raise IndexError(unknown[0])
+            changed = merge({str(number): entry for number, entry in entries.items()}, value)
+            merged[key] = [changed[str(number)] for number in entries]
+            continue
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def find_beside(name: str, folder: Path) -> Path | None:
+    """`name` in `folder` or the nearest of its parents up to the one called `recipes`; else relative to the working folder."""
+    for place in (folder, *folder.parents):
+        if (place / name).is_file():
+            return place / name
+        if place.name == "recipes":
+            break
+    return Path(name) if Path(name).is_file() else None
