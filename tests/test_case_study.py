@@ -64,11 +64,11 @@ def models(monkeypatch) -> list[Fake]:
     """eval.run meets fakes instead of models: the bare one is the oracle, an adapter is what its folder's name says."""
     made: list[Fake] = []
 
-    def load(model, adapter=None, **_):
+    def load(model, adapter):
         made.append(Fake(SAYS[Path(adapter).name] if adapter else oracle))
         return made[-1]
 
-    monkeypatch.setattr("data_prep.answerer.Answerer", load)
+    monkeypatch.setattr("data_prep.answerer.Answerer.of", lambda args: load(args.model, args.adapter))
     return made
 
 

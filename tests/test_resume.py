@@ -11,8 +11,8 @@ import torch
 import yaml
 
 import train
+from training import callbacks
 from training import model as model_module
-from training import trainers
 from training.config import load_recipe
 
 from .running import metrics, refusal, run, same, start, wait_for_step, weights
@@ -68,13 +68,13 @@ def test_resuming_with_another_recipe_is_refused(recipe_file):
 
 def after_steps(monkeypatch, action) -> None:
     """Calls `action(step)` after every optimizer step of a run."""
-    original = trainers.Metrics.on_step_end
+    original = callbacks.Metrics.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
         original(self, args, state, control, **kwargs)
         action(state.global_step)
 
-    monkeypatch.setattr(trainers.Metrics, "on_step_end", on_step_end)
+    monkeypatch.setattr(callbacks.Metrics, "on_step_end", on_step_end)
 
 
 class Crash(Exception):
@@ -145,7 +145,7 @@ def test_resuming_gives_the_same_weights(recipe_file, monkeypatch, all_weights):
     (half / "trainer_state.json").write_text("{")
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')
-    assert trainers.last_checkpoint(run_dir).name == "checkpoint-5"
+    assert callbacks.last_checkpoint(run_dir).name == "checkpoint-5"
     done = []
     with monkeypatch.context() as patch:
         after_steps(patch, done.append)
@@ -175,13 +175,13 @@ def test_resuming_a_run_that_only_lacks_its_end(recipe_file, monkeypatch):
 def test_old_checkpoints_go_only_after_the_new_one_is_whole(recipe_file, monkeypatch):
     path = recipe_file(steps=4, save={"every": 1, "keep": 1})
     whole = []
-    original = trainers.MarkComplete.on_save
+    original = callbacks.MarkComplete.on_save
 
     def on_save(self, args, state, control, **kwargs):
-        whole.append(trainers.last_checkpoint(Path(args.output_dir).parent))
+        whole.append(callbacks.last_checkpoint(Path(args.output_dir).parent))
         original(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(trainers.MarkComplete, "on_save", on_save)
+    monkeypatch.setattr(callbacks.MarkComplete, "on_save", on_save)
     run_dir = run(path)
     assert [place and place.name for place in whole] == [None, "checkpoint-1", "checkpoint-2", "checkpoint-3"]
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["checkpoint-4"]
