@@ -80,7 +80,8 @@ curve-%:
 # How much the answers depend on the picture, before and after.
 case-study:
 	$(PY) -m eval.case_study --model assets/tiny --tasks twins --limit 600 --out $(RESULTS)/case-study \
-		--adapter full-text=$(DEMO)/full-text-seed0/adapter --adapter no-text=$(DEMO)/no-text-seed0/adapter
+		--adapter full-text=$(DEMO)/full-text-seed0/adapter --adapter cross-modal-kl=$(DEMO)/cross-modal-kl-seed0/adapter \
+		--adapter no-text=$(DEMO)/no-text-seed0/adapter
 	cp $(RESULTS)/case-study/case_study.json $(RESULTS)/case-study/case_study.svg results/demo/
 
 # Preferences from the adapters of full-text, with three seeds. About half an hour on two cores, after those adapters.
