@@ -346,9 +346,9 @@ SHOWN = (("same answer for a white picture", "consistency", "white"), ("same ans
 def block(result: Mapping) -> list[str]:
     """The documentation's table of a case study (`case_study.json`) of one task: what says most about reliance on the picture."""
     (task, found), = result["tasks"].items()
-    rows = []
-    for name, model in gap.numbers(found["models"]).items():
-        measured = [model["measures"].get(measure, {}).get(variant) for _, measure, variant in SHOWN]
+    rows, models = [], gap.numbers(found["models"])
+    for name in (model["name"] for model in result["models"]):
+        measured = [models[name]["measures"].get(measure, {}).get(variant) for _, measure, variant in SHOWN]
         rows.append((f"`{name}`", *(gap.within(one) for one in measured)))
     first = next(iter(found["models"].values()))
     seeds = max(model["n_seeds"] for model in found["models"].values())

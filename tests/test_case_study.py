@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.problem import View, read_problems, write_problems
-from eval import case_study, gap, stats
+from eval import case_page, case_study, gap, stats
 from eval.answers import AnswersError, read_side
 from eval.report import parse_runs
 from tests.fakes import Fake, blind, oracle
@@ -347,3 +347,13 @@ def test_no_common_task_is_refused(tmp_path) -> None:
     with pytest.raises(SystemExit, match="error: 'x' and 'y' have no task in common"):
         case_study.main(["--runs", f"x={first}", f"y={second}", "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_the_table_of_the_documents_keeps_the_order_of_the_models():
+    committed = json.loads((Path(__file__).parent.parent / "results" / "preference" / "case_study.json").read_text(encoding="utf-8"))
+    lines = case_page.block(committed)
+    names = [line.split("|")[1].strip() for line in lines[2:-2]]
+    assert names == [f"`{model['name']}`" for model in committed["models"]] and names[0] == "`base`"
+    value = committed["tasks"]["twins"]["models"]["debias"]["measures"]["text_preference"]["conflict"]["value"]
+    assert f"{100 * value:.1f} [" in lines[2 + names.index("`debias`")]
+    assert "598 items in 142 groups" in lines[-1]
