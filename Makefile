@@ -31,7 +31,7 @@ debias: $(SETUP) data/twins/train.pairs.jsonl
 	$(PY) -m eval.run --model assets/tiny --tasks twins --out $(DEMO)/answers/base
 	$(PY) -m eval.run --model assets/tiny --adapter $(DEMO)/full-text-seed0/adapter --tasks twins --out $(DEMO)/answers/full-text
 	$(PY) -m eval.run --model assets/tiny --adapter $(DEMO)/debias-seed0/adapter --tasks twins --out $(DEMO)/answers/debias
-	$(PY) -m eval.gap $(DEMO)/answers/base $(DEMO)/answers/full-text $(DEMO)/answers/debias --out $(DEMO)/debias
+	$(PY) -m eval.gap $(DEMO)/answers/full-text $(DEMO)/answers/debias --out $(DEMO)/debias
 	$(PY) -m eval.report --runs base=$(DEMO)/answers/base full-text=$(DEMO)/answers/full-text debias=$(DEMO)/answers/debias \
 		--out $(DEMO)/debias/report.html
 
