@@ -70,6 +70,7 @@ def test_how_many_pairs_a_term_applies_to():
 
 @pytest.mark.parametrize(("preference", "changes", "message"), [
     (Preference(answer=NOTHING), {}, "no term has a weight"),
+    (Preference(answer=NOTHING, language_prior=0.1), {}, "preference.language_prior: is an addition to another term"),
     (Preference(conditional=1.0), {"rejected_images": (), "rejected_images_answer": None}, "preference.conditional: no pair has chosen under rejected_images"),
     (Preference(noise_aware=NoiseAware()), {"rejected_prior": None}, "preference.noise_aware: no pair has rejected_prior"),
     (Preference(sympmo=SymMPO()), {"rejected_images_answer": None}, "preference.sympmo: no pair has rejected_images_answer"),

@@ -347,6 +347,9 @@ def test_pairs_that_differ_in_their_pictures_only(pair_file, pairs):
     ({"answer": {"sigmoidal": 1.0}}, {}, "sigmoidal"),
     ({"language_prior": 2.0}, {}, "preference.language_prior"),
     ({"beta": 0.0}, {}, "preference.beta"),
+    ({"cache": "kept"}, {}, "cache: keeps what reference: ahead computes"),
+    ({"anchor_delta": 0.5}, {}, "anchor_delta: changes nothing without anchor"),
+    ({"label_smoothing": 0.1}, {}, "label_smoothing: changes nothing but"),
     ({}, {"lora": {"dropout": 0.1}}, "lora.dropout: must be 0 with a preference"),
     ({}, {"loss": {"weigh": "rows"}}, "loss: is for mixtures of problems"),
     ({}, {"model": {"adapter": "nowhere"}}, "model.adapter: nowhere"),
@@ -369,6 +372,16 @@ def test_bad_rows_of_a_pair_file_are_named(pair_file, twins, tmp_path):
     row["rejected"] = row["chosen"]
     file.write_text("\n".join([*lines[:2], json.dumps(row), *lines[3:]]) + "\n", encoding="utf-8")
     assert f"{file}:3: rejected: is the same as chosen" in refusal(path)
+
+
+def test_what_is_watched_has_the_same_names_where_no_pair_has_it(pair_file, pairs):
+    """Another rank may have pairs with pictures, and all add up the same names."""
+    rows = metrics(run(pair_file({}, rows=pairs[:1] + [words_only(pair) for pair in pairs[1:]], steps=1, batch=2, micro_batch=1)))
+    trainer = trainer_of(pair_file({}, rows=[words_only(pair) for pair in pairs], name="words", steps=1))
+    trainer.train()
+    trainer._compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator([{"draw": 0}, {"draw": 1}])), False)
+    assert {"log_ratio/none.chosen", "log_ratio/other.chosen", "margin/picture", "margin/blind"} <= set(trainer._sums)
+    assert rows[0]["loss"] == pytest.approx(0.6931472, abs=1e-5)
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------------

@@ -46,5 +46,7 @@ def build_trainer(recipe: Recipe, plan: Plan, encoder: Encoder, model: nn.Module
     reference = load_base(recipe.model) if recipe.lora is None else None
     try:
         return VisionDPOTrainer(model, recipe, PairCollator(plan, encoder, recipe), args, callbacks=list(callbacks), reference=reference)
+    except RecipeError:
+        raise
     except (ValueError, NotImplementedError) as error:
         raise RecipeError(f"preference: {' '.join(str(error).split())}") from error

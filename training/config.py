@@ -151,6 +151,15 @@ class Preference:
     cache: str | None = None                    # folder of those; default: reference/ in the run's folder
     watch: bool = True                          # log what no term needs too: the chosen answer without picture, and under the rejected one
 
+    def __post_init__(self) -> None:
+        used = {name for name, weight in self.answer.items() if weight > 0}
+        if self.cache is not None and self.reference == "live":
+            raise ValueError("cache: keeps what reference: ahead computes, and changes nothing without it")
+        if self.anchor_delta and not self.anchor:
+            raise ValueError("anchor_delta: changes nothing without anchor")
+        if self.label_smoothing and not used & {"robust", "exo_pair", "aot", "aot_unpaired"}:
+            raise ValueError("label_smoothing: changes nothing but the answer terms robust, exo_pair, aot and aot_unpaired")
+
 
 @dataclass(config=STRICT, frozen=True)
 class Stage:

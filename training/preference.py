@@ -106,7 +106,7 @@ def applicable(preference: Preference, pairs: Iterable[Pair]) -> dict[str, int]:
     """By term, how many of the pairs have the sides it needs.
 
     Raises:
-        RecipeError: no term has a weight, or one finds no pair that it could be applied to.
+        RecipeError: no term has a weight, or language_prior alone, or one finds no pair that it could be applied to.
     """
     wanted = {name: term.sides for name, term in terms(preference).items()}
     wanted |= {f"answer.{name}": (CHOSEN, REJECTED) for name in answer_terms(preference)}
@@ -114,6 +114,8 @@ def applicable(preference: Preference, pairs: Iterable[Pair]) -> dict[str, int]:
         wanted["noise_aware"] = (CHOSEN, PRIOR)
     if not wanted:
         raise RecipeError("preference: no term has a weight above 0")
+    if CHOSEN not in needed(preference):
+        raise RecipeError("preference.language_prior: is an addition to another term; alone it only forgets")
     pairs = list(pairs)
     counts = {}
     for name, sides in wanted.items():

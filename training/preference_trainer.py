@@ -115,12 +115,11 @@ class VisionDPOTrainer(RecipeTrainer, DPOTrainer):
         d = {side: sums[rows[side]] - before[side] for side in places}
         lengths = {side: counts[rows[side]] for side in places}
         loss, shown = combine(self.preference, d, there, lengths, self.pace)
-        able = there[CHOSEN] & there[REJECTED] if REJECTED in there else torch.zeros_like(there[CHOSEN])
-        if answer_terms(self.preference) and able.any():
+        if answer_terms(self.preference) and (able := there[CHOSEN] & there[REJECTED]).any():
             both = torch.cat([rows[CHOSEN][able], rows[REJECTED][able]])
             loss = loss + self._answer_terms(learn, out, both, before[CHOSEN][able], before[REJECTED][able]) * able.sum() / len(able)
         self._count({**shown, **report(self.preference, d, there, lengths)})
-        self._watch(inputs, d, there, lengths, features)
+        self._watch(inputs, d, there, lengths)
         hardness = inputs["hardness"]
         self._count({"hardness": (hardness.nan_to_num(0.0).sum(), (~hardness.isnan()).sum())})
         return (loss, out) if return_outputs else loss
@@ -140,24 +139,25 @@ class VisionDPOTrainer(RecipeTrainer, DPOTrainer):
                   "completion_mask": (labels != IGNORED).long()[:, :longest], "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
         return super()._compute_loss(lambda **_: computed, inputs, False)
 
-    def _watch(self, inputs: dict, d: dict[Side, Tensor], there: dict[Side, Tensor], lengths: dict[Side, Tensor], features: Any) -> None:
+    def _watch(self, inputs: dict, d: dict[Side, Tensor], there: dict[Side, Tensor], lengths: dict[Side, Tensor]) -> None:
         """Log the sides that no term needs, without a gradient."""
         batch, places = inputs.get("watch"), inputs["places"].get("watch")
-        if not batch:
+        if not places:
             return
         ahead = inputs.get("reference")
-        with torch.no_grad():
-            features = self._features(batch)
-            sums = self._look(self.model, batch, features).log_probs.float().sum(1)
-            reference = self.reference_log_probs(batch, features) if ahead is None else None
+        sums = reference = torch.zeros(1, device=self.args.device)
+        if batch:       # else no pair here has such a side; what is logged has the same names on every rank all the same
+            with torch.no_grad():
+                features = self._features(batch)
+                sums = self._look(self.model, batch, features).log_probs.float().sum(1)
+                reference = self.reference_log_probs(batch, features) if ahead is None else None
         more = {}
         for side, rows in places.items():
             place = rows.clamp(min=0)
             more[side] = sums[place] - (reference[place] if ahead is None else ahead[side].to(sums))
             there = {**there, side: rows >= 0}
             lengths = {**lengths, side: lengths[CHOSEN]}
-        known = {CHOSEN: d[CHOSEN], **more} if CHOSEN in d else more
-        shown = report(self.preference, known, there, lengths)
+        shown = report(self.preference, {CHOSEN: d[CHOSEN], **more}, there, lengths)
         self._count({name: value for name, value in shown.items() if any(str(side) in name for side in more)
                      or name in ("margin/picture", "margin/blind")})
 
