@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -69,6 +70,22 @@ def start(path: Path, *arguments: str, command: tuple[str, ...] = ()) -> subproc
         stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def run_in_two_processes(path: Path, *arguments: str) -> None:
+    """train.py under the launcher, two ranks on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}")
+    process = start(path, *arguments, command=command)
+    try:
+        _, said = process.communicate(timeout=240)
+    finally:
+        if process.poll() is None:
+            process.terminate()  # the launcher ends its workers, which are in process groups of their own
+            process.wait(timeout=60)
+    assert process.returncode == 0, said[-3000:]
 
 
 def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int, limit_s: float = 120) -> None:

@@ -17,7 +17,7 @@ from training.preference import BLIND, CHOSEN, OTHER_IMAGE, REJECTED, Side
 from training.preference_trainer import as_reference, dpo_arguments
 
 from .pairs_for_tests import pairs_of, without, written
-from .running import ROOT, metrics, refusal, run, same, trainer_of, weights
+from .running import ROOT, metrics, refusal, run, run_in_two_processes, same, trainer_of, weights
 
 MDPO = {"conditional": 1.0, "anchor": 1.0}
 ALL_TERMS = {"answer": {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}, "conditional": 1.0, "anchor": 1.0, "attend": 0.5,
@@ -414,6 +414,19 @@ def test_micro_batches_do_not_change_the_gradient(pair_file):
     assert losses(one) == pytest.approx(losses(two), abs=1e-5)
     for name, value in weights(one).items():
         torch.testing.assert_close(value, weights(two)[name], rtol=1e-3, atol=2e-5)
+
+
+def test_two_processes_train_as_one(pair_file, pairs):
+    """The reference computed ahead by both; pairs without pictures on some ranks."""
+    preference = MDPO | {"reference": "ahead"}
+    changes = dict(rows=[words_only(pair) if i % 3 else pair for i, pair in enumerate(pairs)], steps=3, batch=4, micro_batch=1)
+    path = pair_file(preference, name="two", **changes)
+    run_in_two_processes(path)
+    one, two = run(pair_file(preference, name="one", **changes)), Path(load_recipe(path).run_dir)
+    for key in ("loss", "grad_norm", "log_ratio/own.chosen", "margin/answer"):
+        assert [row[key] for row in metrics(two)] == pytest.approx([row[key] for row in metrics(one)], rel=1e-4, abs=1e-5), key
+    for name, value in weights(one).items():
+        torch.testing.assert_close(weights(two)[name], value, rtol=1e-3, atol=2e-5)
 
 
 def test_every_logged_step_says_what_happened(pair_file):

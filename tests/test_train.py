@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from training.config import TOWERS, load_recipe
 from training.model import load_base, tower_of
 
 from .conftest import picture
-from .running import metrics, refusal, run, start, trainer_of, weights
+from .running import metrics, refusal, run, run_in_two_processes, trainer_of, weights
 
 
 @pytest.fixture(scope="module")
@@ -372,26 +371,7 @@ def test_two_processes_train_as_one(recipe_file, uneven, loss):
         problems=uneven, views={"vision": 0.4, "text": 0.6}, steps=4, batch=4, micro_batch=1, save={"every": 2}, loss=loss
     )
     path = recipe_file(name="two", **changes)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = start(
-        path,
-        command=(
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node=2",
-            "--master_addr=127.0.0.1",
-            f"--master_port={port}",
-        ),
-    )
-    try:
-        _, said = process.communicate(timeout=240)
-    finally:
-        if process.poll() is None:
-            process.terminate()  # the launcher ends its workers, which are in process groups of their own
-            process.wait(timeout=60)
-    assert process.returncode == 0, said[-3000:]
+    run_in_two_processes(path)
     two, one = Path(load_recipe(path).run_dir), run(recipe_file(name="one", **changes))
     assert [row["step"] for row in metrics(two)] == [1, 2, 3, 4]
     for key in ("loss", "grad_norm", "token_accuracy", "entropy", *loss):
