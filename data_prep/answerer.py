@@ -10,9 +10,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
-from data_prep.encode import Encoded, Encoder
+from data_prep.corrupt import corrupt_row
+from data_prep.encode import MISSING_TOKEN, Encoded, Encoder
 from data_prep.problem import Prompt
 from data_prep.provenance import weights_fingerprint
+from modeling.adapters import load_adapter
 
 
 class ModelError(ValueError):
@@ -52,13 +54,18 @@ class Answerer:
             raise ModelError(f"--model {model}: {' '.join(str(error).split())}") from error
         if adapter is not None:
             try:
-                self.model = PeftModel.from_pretrained(self.model, adapter)
+                self.model = load_adapter(self.model, adapter)
             except (OSError, ValueError, RuntimeError) as error:
                 raise ModelError(f"--adapter {adapter}: {' '.join(str(error).split())[:500]}") from error
             ups = [p for name, p in self.model.named_parameters() if "lora_B" in name]
             if not ups or not any(bool(p.any()) for p in ups):
                 raise ModelError(f"{adapter}: no LoRA weight of it changes {model}; was it made for another model?")
         self.model.to(self.device).eval()
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        if (mender := getattr(base, "mender", None)) is not None:
+            if mender.slot_id != self.encoder.slot_id:
+                raise ModelError(f"--adapter {adapter}: its slots are token {mender.slot_id}, which {model} does not have for them")
+            self.encoder.slots = mender.slots
 
     @classmethod
     def of(cls, args: Namespace) -> "Answerer":
@@ -77,7 +84,14 @@ class Answerer:
                 "dtype": self.dtype, "pixels": self.encoder.pixel_bounds}
 
     def encode(self, prompt: Prompt) -> Encoded:
-        return self.encoder.encode(prompt.messages, prompt.images, generate=True)
+        """The prompt as the model is shown it. ModelError: it is to be corrupted, and no token can stand for missing words."""
+        row = self.encoder.encode(prompt.messages, prompt.images, generate=True)
+        if prompt.corruption is None:
+            return row
+        if self.encoder.missing_id is None:
+            raise ModelError(f"--model {self.name}: its tokenizer has no {MISSING_TOKEN} to stand for missing words")
+        return corrupt_row(row, **prompt.corruption._asdict(), missing=self.encoder.missing_id, image_id=self.encoder.image_id,
+                           merge=self.encoder.image_processor.merge_size)
 
     @torch.inference_mode()
     def likelihoods(self, prompts: Sequence[Prompt]) -> list[list[float]]:

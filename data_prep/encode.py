@@ -8,6 +8,9 @@ Training and evaluation share it, so an item has the same tokens in both. Three 
 * What is trained is decided by position, not by searching: the tokens of each assistant turn and the end-of-turn token
   that closes it. Prompt and image tokens are never trained.
 * Pictures go through the model's image processor on PIL (no torchvision needed).
+
+What may be corrupted is decided by position too: `Encoded.open` marks the tokens of facts and questions, which texts made by
+data_prep.problem know. Places for what a model itself puts into the prompt (`Encoder.slots`) are left here and nowhere else.
 """
 
 import json
@@ -25,16 +28,22 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 IMAGE_TOKEN = "<|image_pad|>"
 END_OF_TURN = "<|im_end|>"
+# Qwen's tokens for quadrangles, which no prompt of ours holds and no text can spell; the embedding has rows for them.
+SLOT_TOKEN, MISSING_TOKEN = "<|quad_start|>", "<|quad_end|>"
 _MARK = re.compile("\ue000(\\d+)\ue001")        # private-use characters around the number of a text
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One conversation. ids, trained: (tokens,); pixel_values: (patches, 3 * 2 * 14 * 14) float32 or None; grid: (images, 3)."""
+    """One conversation. ids, trained: (tokens,); pixel_values: (patches, 3 * 2 * 14 * 14) float32 or None; grid: (images, 3).
+
+    open: (tokens,) bool, True on tokens that lie entirely in facts or question; None where nobody asked.
+    """
     ids: np.ndarray
     trained: np.ndarray
     pixel_values: np.ndarray | None
     grid: np.ndarray | None
+    open: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -47,6 +56,11 @@ class Encoder:
         name: local folder or hub id.
         revision: branch, tag or commit of a hub id.
         min_pixels, max_pixels: bounds on a picture's area after resizing; None keeps the model's own.
+
+    Attributes:
+        slots: how many tokens `slot_id` stand before the first text of a user, after the pictures that stand before it; 0 by
+            default. A model with a `mender` (modeling.mender) fills them.
+        slot_id, missing_id: the tokens of slots and of corrupted text; None where the tokenizer has no such tokens.
 
     Raises:
         ValueError: the tokenizer has no chat template or lacks Qwen's image token.
@@ -67,6 +81,8 @@ class Encoder:
         self.end_id = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
         if None in (self.image_id, self.end_id) or self.tokenizer.unk_token_id in (self.image_id, self.end_id):
             raise ValueError(f"{name}: the tokenizer has no {IMAGE_TOKEN} or {END_OF_TURN}; a Qwen2-VL family model is needed")
+        self.slots = 0
+        self.slot_id, self.missing_id = map(self._special, (SLOT_TOKEN, MISSING_TOKEN))
         self.pad_id = self.tokenizer.pad_token_id
         if self.pad_id is None:
             raise ValueError(f"{name}: the tokenizer has no padding token")
@@ -76,13 +92,16 @@ class Encoder:
         self._plain = Tokenizer.from_str(json.dumps(plain))
         self._remember()
 
+    def _special(self, token: str) -> int | None:
+        return self.tokenizer.get_added_vocab().get(token)
+
     def _remember(self) -> None:
         self._template_ids = lru_cache(maxsize=4096)(self._template_ids)
-        self.text_ids = lru_cache(maxsize=65536)(self.text_ids)
+        self._spelled = lru_cache(maxsize=65536)(self._spelled)
 
     def __getstate__(self) -> dict:
         """Without the caches, which cannot be pickled: workers that are spawned and not forked get a copy of the encoder."""
-        return {key: value for key, value in self.__dict__.items() if key not in ("_template_ids", "text_ids")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_template_ids", "_spelled")}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -94,7 +113,17 @@ class Encoder:
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         """Token ids of plain text, in which nothing is a special token."""
-        return tuple(self._plain.encode(text, add_special_tokens=False).ids)
+        return self._spelled(str(text))[0]
+
+    def _spelled(self, text: str) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+        """Token ids of plain text and, for each, the (start, end) of its characters."""
+        found = self._plain.encode(text, add_special_tokens=False)
+        return tuple(found.ids), tuple(found.offsets)
+
+    def _open(self, text: str) -> list[bool]:
+        """Which of the text's tokens lie entirely in one of the ranges that it knows to be facts or question."""
+        ranges = getattr(text, "open", ())
+        return [any(low <= start and end <= high for low, high in ranges) for start, end in self._spelled(str(text))[1]]
 
     def _template_ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
@@ -110,36 +139,51 @@ class Encoder:
             pixels: what `pixels` gave for these images, where several rows show them.
 
         Raises:
-            ValueError: the number of pictures is not the number of image parts.
+            ValueError: the number of pictures is not the number of image parts; there are slots, and no text of a user or no
+                token for them.
         """
         texts: list[tuple[str, bool]] = []
+        before: int | None = None           # the text that the slots stand before
 
-        def mark(text: str, trained: bool) -> str:
-            texts.append((text, trained))
+        def mark(text: str, role: str) -> str:
+            nonlocal before
+            if before is None and role == "user":
+                before = len(texts)
+            texts.append((text, role == "assistant"))
             return f"\ue000{len(texts) - 1}\ue001"
 
         marked = []
         for message in messages:
-            trained = message["role"] == "assistant"
-            content = message["content"]
+            role, content = message["role"], message["content"]
             if isinstance(content, str):
-                content = mark(content, trained)
+                content = mark(content, role)
             else:
-                content = [{"type": "text", "text": mark(part["text"], trained)} if part["type"] == "text" else part
+                content = [{"type": "text", "text": mark(part["text"], role)} if part["type"] == "text" else part
                            for part in content]
-            marked.append({"role": message["role"], "content": content})
+            marked.append({"role": role, "content": content})
         text = self.tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=generate)
+
+        if self.slots and None in (self.slot_id, before):
+            raise ValueError(f"{self.slots} slots, but " + ("no user says a text to put them before" if before is None else
+                                                            f"the tokenizer has no {SLOT_TOKEN}"))
 
         patches, grids = self.pixels(images) if pixels is None else pixels
         slots = iter([int(grid.prod()) // self.image_processor.merge_size ** 2 for grid in grids])
         ids: list[int] = []
         trained: list[bool] = []
+        open: list[bool] = []
         closing = False                     # the next end-of-turn token closes an assistant turn
         for i, piece in enumerate(_MARK.split(text)):
             if i % 2:
-                piece_ids, closing = self.text_ids(texts[int(piece)][0]), texts[int(piece)][1]
+                words, closing = texts[int(piece)]
+                piece_ids = self.text_ids(words)
+                if self.slots and int(piece) == before:
+                    ids += [self.slot_id] * self.slots
+                    trained += [False] * self.slots
+                    open += [False] * self.slots
                 ids += piece_ids
                 trained += [closing] * len(piece_ids)
+                open += self._open(words)
                 continue
             for token in self._template_ids(piece):
                 count = 1
@@ -149,11 +193,13 @@ class Encoder:
                         raise ValueError(f"{len(images)} pictures for more than {len(images)} image parts")
                 ids += [token] * count
                 trained += [closing and token == self.end_id] * count
+                open += [False] * count
                 closing = closing and token != self.end_id
         if next(slots, None) is not None:
             raise ValueError(f"{len(images)} pictures, but fewer image parts in the messages")
         return Encoded(np.asarray(ids, dtype=np.int64), np.asarray(trained, dtype=bool),
-                       np.concatenate(patches) if patches else None, np.asarray(grids, dtype=np.int64) if grids else None)
+                       np.concatenate(patches) if patches else None, np.asarray(grids, dtype=np.int64) if grids else None,
+                       np.asarray(open, dtype=bool))
 
     def pixels(self, images: tuple[Image.Image, ...]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Patches (patches, 3 * 2 * 14 * 14) and grid (t, h, w) of each picture, equal to the image processor's own."""

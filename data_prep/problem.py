@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from PIL import Image
 from rich.table import Table
@@ -25,8 +25,8 @@ from data_prep.libraries import console
 from data_prep.read import LETTERS, MARKER, Problem, as_tuple, named, read_problems, write_problems
 
 __all__ = [
-    "LETTERS", "MAX_PIXELS", "Problem", "ProblemError", "Prompt", "View", "every_picture", "load_images", "partners",
-    "possible_views", "read_problems", "render", "shown_options", "shown_pictures", "write_problems",
+    "Corruption", "LETTERS", "MAX_PIXELS", "Problem", "ProblemError", "Prompt", "View", "every_picture", "load_images", "partners",
+    "possible_views", "read_problems", "render", "shown_options", "shown_pictures", "Words", "write_problems",
 ]  # fmt: skip
 
 
@@ -58,16 +58,43 @@ RENDERED_TEXT = "Answer the question in the picture."
 T = TypeVar("T")
 
 
+class Words(str):
+    """Text that knows which of its characters are facts or question: what may be missing while the task stays the same.
+
+    It equals the plain text, prints and serialises as it, so a message is the same with it. Whatever is made of it by string
+    methods, or read back from a file, is plain and knows nothing.
+    """
+
+    open: tuple[tuple[int, int], ...]  # (start, end) of characters
+
+    def __new__(cls, text: str, ranges: Sequence[tuple[int, int]] = ()) -> "Words":
+        made = super().__new__(cls, text)
+        made.open = tuple(ranges)
+        return made
+
+    def __getnewargs__(self) -> tuple:
+        return str(self), self.open
+
+
+class Corruption(NamedTuple):
+    """What of a prompt is missing when a model is shown it; see data_prep.corrupt."""
+
+    text: float  # rates
+    image: float
+    seed: tuple  # of this prompt
+
+
 @dataclass(frozen=True)
 class Prompt:
     """What a model is shown, and what a right answer says."""
 
-    messages: list[dict]  # one user turn; its last part is text, its {"type": "image"} parts stand before and between
+    messages: list[dict]  # one user turn; its last part is text (Words), its {"type": "image"} parts stand before and between
     images: tuple[Image.Image, ...]  # RGB, in the order of the image parts
     answer: str  # the option's letter, the option's text, or the open answer
     choices: tuple[str, ...] | None  # what may be said, in the order shown; None: open
     options: tuple[str, ...] | None  # option texts in the order shown
     target: str  # what training teaches to say: the answer, or the way to it and then the answer
+    corruption: Corruption | None = None
 
 
 def load_images(problem: Problem) -> tuple[Image.Image, ...]:
@@ -150,15 +177,27 @@ def possible_views(problem: Problem, other: Problem | None = None) -> tuple[View
     return tuple(view for view in View if _impossible(problem, view, other) is None)
 
 
-def render(problem: Problem, view: View | str, other: Problem | None = None, *, rationale: bool = False) -> Prompt:
+def render(
+    problem: Problem,
+    view: View | str,
+    other: Problem | None = None,
+    *,
+    rationale: bool = False,
+    question: bool = True,
+) -> Prompt:
     """The problem as a chat prompt of one user turn.
 
     A picture stands where its marker `<image N>` first occurs in the text, instead of it; pictures without a marker stand
-    before the text, in order. Markers of pictures that the view does not show stay as text.
+    before the text, in order. Markers of pictures that the view does not show stay as text. The text parts are `Words`, which
+    know where facts and question stand.
 
     other: the problem whose pictures (`shuffled`) or facts (`conflict`, `other_facts`) are borrowed; see `partners`.
     rationale: ask for the way to the answer too, and put it into the target.
-    Raises ProblemError, naming id and view, when the problem cannot have the view or has no rationale.
+    question: False leaves the question out (and with a published one whatever facts it holds). Options and instruction stay,
+        for they say what may be answered; of an open question the instruction alone. A picture whose marker stood in the
+        question then stands before the text, as those without a marker do.
+    Raises ProblemError, naming id and view, when the problem cannot have the view, has no rationale, or shows in its picture
+    the question that is to be left out.
     """
     try:
         view = View(view)
@@ -170,10 +209,12 @@ def render(problem: Problem, view: View | str, other: Problem | None = None, *, 
     if reason:
         raise ProblemError(f"{problem.id}: view {view.value}: {reason}")
     published = _published(problem, view)
-    question = published.get("question", problem.question)  # None: the pictures show it, and the options
+    stem = published.get("question", problem.question)  # None: the pictures show it, and the options
+    if not question and (stem is None or view is View.rendered):
+        raise ProblemError(f"{problem.id}: view {view.value}: the picture shows the question, which cannot be left out")
     options = shown_options(problem)
     style = problem.meta.get("answer_with", "letter")
-    lines = [RENDERED_TEXT if question is None else question]
+    lines = [RENDERED_TEXT if stem is None else stem] if question else []
     choices, answer, tail = None, problem.answer, OPEN_TAIL
     if options is not None:
         tail = TAIL[style]
@@ -184,27 +225,46 @@ def render(problem: Problem, view: View | str, other: Problem | None = None, *, 
         else:
             choices = options
             listed = "Options: " + ", ".join(options)
-        if question is not None:
+        if stem is not None:
             lines.append(listed)
     lines.append(f"{tail} {RATIONALE_TAIL}" if rationale else tail)
-    text = "\n".join(lines).strip()
-    drawn = text if view is View.rendered and question is not None else None
+    text = _stripped("\n".join(lines), [(0, len(stem))] if question and stem is not None else [])
+    drawn = str(text) if view is View.rendered and stem is not None else None
     try:
         pictures = _pictures(problem, view, other, drawn)
     except ProblemError as error:
         raise ProblemError(f"{problem.id}: view {view.value}: {error}") from error
     if drawn is not None:
-        text = RENDERED_TEXT
+        text = Words(RENDERED_TEXT)
     elif view in SHOWS_FACTS and "question" not in published:
         facts = other.facts if view in OTHERS_FACTS else problem.facts
-        text = text if facts is None else f"Facts: {facts}\n{text}".strip()
+        text = text if facts is None else _with_facts(facts, text)
     content, order = _content(text, len(pictures))
     target = f"{problem.meta['rationale']} Answer: {answer}" if rationale else answer
     messages = [{"role": "user", "content": content}]
     return Prompt(messages, tuple(pictures[number - 1] for number in order), answer, choices, options, target)
 
 
-def _content(text: str, count: int) -> tuple[list[dict], list[int]]:
+def _stripped(text: str, ranges: Sequence[tuple[int, int]]) -> Words:
+    """The text without white space at its ends; ranges: what is open of it."""
+    start = len(text) - len(text.lstrip())
+    return _cut(Words(text, ranges), start, max(start, len(text.rstrip())))
+
+
+def _with_facts(facts: str, text: Words) -> Words:
+    # The space before the facts counts as theirs: tokenizers make one token of it and the first word.
+    label, before = "Facts:", f"Facts: {facts}\n"
+    ranges = [(len(label), len(before) - 1), *((start + len(before), end + len(before)) for start, end in text.open)]
+    return _stripped(before + text, ranges)
+
+
+def _cut(text: Words, start: int, end: int) -> Words:
+    """text[start:end] with what is open of it."""
+    ranges = [(max(a, start) - start, min(b, end) - start) for a, b in text.open if max(a, start) < min(b, end)]
+    return Words(text[start:end], ranges)
+
+
+def _content(text: Words, count: int) -> tuple[list[dict], list[int]]:
     """(parts of a turn that shows `count` pictures with the text, numbers of the pictures in the order of their parts)."""
     places: dict[int, re.Match] = {}
     for marker in MARKER.finditer(text):
@@ -213,11 +273,11 @@ def _content(text: str, count: int) -> tuple[list[dict], list[int]]:
     order = [number for number in range(1, count + 1) if number not in places]
     parts, end = [{"type": "image"} for _ in order], 0
     for marker in places.values():
-        if before := text[end : marker.start()]:
+        if before := _cut(text, end, marker.start()):
             parts.append({"type": "text", "text": before})
         parts.append({"type": "image"})
         end = marker.end()
-    return [*parts, {"type": "text", "text": text[end:]}], [*order, *places]
+    return [*parts, {"type": "text", "text": _cut(text, end, len(text))}], [*order, *places]
 
 
 def _pictures(problem: Problem, view: View, other: Problem | None, drawn: str | None) -> tuple[Image.Image, ...]:

@@ -7,15 +7,20 @@ Writes answers.jsonl (one object per item and view) and run.json (settings and p
 asked side by side, so a run that is cut short is short in every view alike. The same command continues it; answers are kept by
 a hash of prompt, pictures, model and settings, so nothing stale is served. Prompts that are equal to the last pixel are asked
 once where they come close together, and the answer is written for each item.
+
+With --corrupt words of facts and question and parts of the pictures are missing: which ones depends on --corrupt-seed and the
+item, and a higher rate takes away what a lower one does and more. eval.robustness draws accuracy against the rate.
 """
 
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,6 +32,7 @@ from tqdm import tqdm
 
 from data_prep.libraries import offline_if_local, one_sentence, quiet
 from data_prep.problem import (
+    Corruption,
     Problem,
     ProblemError,
     Prompt,
@@ -81,7 +87,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--label", help="name of this run in tables (default: the name of --out)")
     parser.add_argument("--seed", type=int, help="training seed of the model, recorded")
     parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out instead of stopping")
+    parser.add_argument("--corrupt", metavar="text=RATE,image=RATE",
+                        help="share of words and of parts of the pictures that are missing; either may be left out")
+    parser.add_argument("--corrupt-seed", type=int, default=0, help="of what is missing (default: %(default)s)")
     args = parser.parse_args(argv)
+    try:
+        args.corrupt = parse_corruption(args.corrupt, args.corrupt_seed)
+    except ValueError as error:
+        parser.error(str(error))
     if args.rationale and args.mode == "likelihood":
         parser.error("--rationale: an option's likelihood straight after the prompt is not what such a model was trained on; "
                      "leave out --mode likelihood")
@@ -89,6 +102,23 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.max_new_tokens is None:
         args.max_new_tokens = WITH_RATIONALE if args.rationale else MAX_NEW_TOKENS
     return args
+
+
+def parse_corruption(text: str | None, seed: int) -> dict[str, Any] | None:
+    """`text=0.3,image=0.3` to {"text": 0.3, "image": 0.3, "seed": seed}; None where nothing is missing. ValueError says what is wrong."""
+    rates = {"text": 0.0, "image": 0.0}
+    given = []
+    for word in text.split(",") if text else []:
+        name, _, value = word.partition("=")
+        try:
+            rate = float(value)
+        except ValueError:
+            rate = math.nan
+        if name not in rates or name in given or not 0 <= rate <= 1:
+            raise ValueError(f"--corrupt takes text=RATE,image=RATE, each at most once and with a rate from 0 to 1, not {text!r}")
+        given.append(name)
+        rates[name] = rate
+    return {**rates, "seed": seed} if any(rates.values()) else None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -118,7 +148,8 @@ def run(args: argparse.Namespace, load: Any) -> None:
         **answerer.identity(), "mode": args.mode, "rationale": args.rationale, "parser": PARSER_VERSION,
         "max_new_tokens": args.max_new_tokens, "views": [view.value for view in views],
         "tasks": {task.name: {"data": str(file), "root": str(file.parent), "sha256": file_sha256(file), "n": len(problems)}
-                  for task, problems, file in tasks}}
+                  for task, problems, file in tasks},
+        **({"corrupt": args.corrupt} if args.corrupt else {})}
     args.out.mkdir(parents=True, exist_ok=True)
     info = _open(args, settings)
     answers = args.out / "answers.jsonl"
@@ -126,7 +157,7 @@ def run(args: argparse.Namespace, load: Any) -> None:
     fixed = json.dumps([settings[k] for k in ("model_sha256", "revision", "model", "adapter_sha256", "mode", "parser",
                                               "max_new_tokens", "dtype", "pixels")])
     started = time.perf_counter()
-    left = (request for request in _requests(asked, fixed, args.rationale) if request.key not in done)
+    left = (request for request in _requests(asked, fixed, args.rationale, args.corrupt) if request.key not in done)
     with answers.open("a", encoding="utf-8") as file, \
             tqdm(total=len(asked), desc=args.label or args.out.name, unit="answer", mininterval=2) as bar:
         bar.update(len(done))
@@ -171,7 +202,7 @@ def _open(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
     path = args.out / "run.json"
     if path.exists():
         old = {"rationale": False, **json.loads(path.read_text(encoding="utf-8"))}     # older runs knew no rationale
-        if differing := [key for key, value in settings.items() if old.get(key) != value]:
+        if differing := [key for key in dict.fromkeys((*settings, "corrupt")) if old.get(key) != settings.get(key)]:
             raise TaskError(f"{args.out} holds answers of another run; it differs in {', '.join(differing)}: give another --out")
         return old
     # Beside the adapter of a finished run, or above a checkpoint of one.
@@ -201,8 +232,8 @@ def _whole_lines(path: Path) -> set[str]:
     return {json.loads(line)["key"] for line in whole.decode("utf-8").splitlines()}
 
 
-def _requests(asked: Sequence[tuple[Task, Problem, View, Problem | None]], fixed: str,
-              rationale: bool = False) -> Iterator[Request]:
+def _requests(asked: Sequence[tuple[Task, Problem, View, Problem | None]], fixed: str, rationale: bool = False,
+              corrupt: dict[str, Any] | None = None) -> Iterator[Request]:
     for task, problem, view, other in asked:
         prompt = render(problem, view, other, rationale=rationale)
         key = hashlib.sha256(json.dumps([fixed, task.name, problem.id, view.value, prompt.messages, prompt.choices]).encode())
@@ -211,6 +242,10 @@ def _requests(asked: Sequence[tuple[Task, Problem, View, Problem | None]], fixed
             for digest in (key, shown):
                 digest.update(f"{image.size}".encode())
                 digest.update(image.tobytes())
+        if corrupt is not None:     # by item and not by view, so that every view of it misses the same
+            prompt = replace(prompt, corruption=Corruption(corrupt["text"], corrupt["image"], (corrupt["seed"], problem.id)))
+            for digest in (key, shown):
+                digest.update(json.dumps(prompt.corruption).encode())
         yield Request(task, problem, view, prompt, key.hexdigest()[:32], shown.hexdigest())
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from data_prep.encode import Encoder
+from training.balance.methods import check, showing_of
 from training.collate import Collator
 from training.collate_pairs import PairCollator
 from training.config import Recipe, RecipeError
@@ -20,8 +21,9 @@ def arguments_of(recipe: Recipe, *, world_size: int = 1, deepspeed: str | None =
     """The recipe in its trainer's words.
 
     Raises:
-        RecipeError: the batch cannot be divided over the ranks, or the library refuses a value.
+        RecipeError: the batch cannot be divided over the ranks, the library refuses a value, or the balance method this way.
     """
+    check(recipe, deepspeed=deepspeed is not None)
     arguments = sft_arguments if recipe.preference is None else dpo_arguments
     try:
         return arguments(recipe, Path(recipe.run_dir), world_size=world_size, deepspeed=deepspeed)
@@ -41,7 +43,8 @@ def build_trainer(recipe: Recipe, plan: Plan, encoder: Encoder, model: nn.Module
         RecipeError: the library refuses the preference's terms, or several ranks could not be trained on its pairs.
     """
     if recipe.preference is None:
-        collator = Collator(plan, encoder, [stage.objective for stage in plan.stages])
+        collator = Collator(plan, encoder, [stage.objective for stage in plan.stages], balance=recipe.active_balance,
+                            showing=showing_of(recipe, encoder))
         return VisionSFTTrainer(model, recipe, collator, args, callbacks=list(callbacks))
     reference = load_base(recipe.model) if recipe.lora is None else None
     try:

@@ -7,9 +7,12 @@ import numpy as np
 import torch
 
 from data_prep.encode import Encoded, Encoder
-from data_prep.problem import View
+from data_prep.problem import Prompt, View
+from training.balance.hook import Showing
+from training.balance.settings import Balance
+from training.balance.views import branches
 from training.config import Loss, Model, RecipeError
-from training.objective import VIEWS, Objective
+from training.objective import VIEWS, Objective, Role, branch_roles
 
 IGNORED = -100          # a label that is not trained
 
@@ -52,27 +55,74 @@ class Collator:
     Args:
         plan: gives a draw by its number, and the conversation of a draw.
         objectives: one per stage.
+        balance: a balance method's settings. Then there are also `branches`, the roles that it asks for at this optimizer step,
+            and with any of them `at` and `token`, (answers, most options), see training.balance.views.see.
+        showing: what a balance method changes about how the drawn problems are shown. Then there is also `extras`: its numbers
+            about each row, (batch,) by name, and, where it keeps them, the batch of the unchanged rows as `complete`.
     """
 
-    def __init__(self, plan: Any, encoder: Encoder, objectives: Sequence[Objective] = (Objective(Loss(), ()),)) -> None:
+    def __init__(self, plan: Any, encoder: Encoder, objectives: Sequence[Objective] = (Objective(Loss(), ()),), *,
+                 balance: Balance | None = None, showing: Showing | None = None) -> None:
         self.plan, self.encoder, self.objectives = plan, encoder, objectives
+        self.balance, self.showing = balance, showing
 
     def __call__(self, rows: list[dict[str, int]]) -> dict[str, Any]:
         draws = [self.plan.draw(row["draw"]) for row in rows]
         stage = getattr(draws[0], "stage", 0)
         objective = self.objectives[stage]
-        batch: dict[str, Any] = self._batch(draws, objective)
+        batch: dict[str, Any] = self._batch(draws, objective) if self.showing is None else self._changed(draws, objective)
         batch["stage"] = stage
         batch["views"] = torch.tensor([VIEWS.index(getattr(draw, "view", View.vision)) for draw in draws])
         batch["roles"] = {name: self._batch([draw._replace(view=role.view_of(draw.view)) for draw in draws], objective)
                           for name, role in objective.extra.items()}
+        if self.balance is not None:
+            roles = branch_roles(self.balance, rows[0]["draw"] // self.plan.batch)
+            batch |= self.branches(draws, roles, objective)
+        return batch
+
+    def branches(self, draws: list, roles: dict[str, Role], objective: Objective) -> dict[str, Any]:
+        """`branches`, `at` and `token` of draws; see the class."""
+        if not roles:
+            return {"branches": {}}
+        shown = {name: self._batch([draw._replace(view=role.view_of(draw.view), question=role.question) for draw in draws], objective)
+                 for name, role in roles.items()}
+        found = [self._options(prompt) for draw in draws for prompt in self.plan.conversation(draw)[2]]
+        table = np.full((len(found), max(map(len, found)), 2), -1)
+        for number, options in enumerate(found):
+            table[number, : len(options)] = np.reshape(options, (-1, 2))
+        at, token = torch.from_numpy(table).unbind(-1)
+        return {"branches": shown, "at": at, "token": token}
+
+    def _options(self, prompt: Prompt) -> list[tuple[int, int]]:
+        """See training.balance.views.branches; none for an open answer, or one with words before it."""
+        if prompt.choices is None or prompt.target != prompt.answer:
+            return []
+        said = [(*self.encoder.text_ids(choice), self.encoder.end_id) for choice in prompt.choices]
+        return branches(said, prompt.choices.index(prompt.answer))
+
+    def _changed(self, draws: list, objective: Objective) -> dict[str, Any]:
+        """The batch as the method shows it."""
+        rows, complete, numbers = [], [], []
+        for draw in draws:
+            key = (draw.epoch, draw.view.value, self.plan.ids(draw))
+            complete.append(self._encode(self.showing.draw(draw, key)))
+            row, told = self.showing.row(complete[-1], key)
+            rows.append(row)
+            numbers.append(told)
+        batch: dict[str, Any] = self._joined(rows, objective)
+        batch["extras"] = {name: torch.tensor([told[name] for told in numbers]) for name in numbers[0]}
+        if self.showing.complete:
+            batch["extras"]["complete"] = self.encoder.batch(complete)
         return batch
 
     def _batch(self, draws: list, objective: Objective) -> dict[str, torch.Tensor]:
-        encoded: list[Encoded] = []
-        for draw in draws:
-            messages, images, _ = self.plan.conversation(draw)
-            encoded.append(self.encoder.encode(messages, images))
+        return self._joined([self._encode(draw) for draw in draws], objective)
+
+    def _encode(self, draw: Any) -> Encoded:
+        messages, images, _ = self.plan.conversation(draw)
+        return self.encoder.encode(messages, images)
+
+    def _joined(self, encoded: list[Encoded], objective: Objective) -> dict[str, torch.Tensor]:
         batch = self.encoder.batch(encoded)
         weight = torch.zeros(batch["input_ids"].shape)
         weigh = "rows" if objective.loss.weigh == "rows" else "tokens"

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from training.balance.settings import Balance
 from training.strict import STRICT, RecipeError, build, find_beside, merge, parse_override, read_yaml
 
 TOWERS = ("vision", "merger", "language")
@@ -56,6 +57,7 @@ class Lora:
     merger: Rank = field(default_factory=lambda: Rank(0))
     language: Rank = field(default_factory=lambda: Rank(16))
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    by_token: bool = False                      # the language tower has one A for image tokens and one for text tokens
 
 
 @dataclass(config=STRICT, frozen=True)
@@ -191,6 +193,7 @@ class Recipe:
     lora: Lora | None = field(default_factory=Lora)     # null trains every parameter of the towers with a learning rate
     loss: Loss = field(default_factory=Loss)
     preference: Preference | None = None        # null: supervised, on a mixture of problems; else on a mixture of pairs
+    balance: Balance | None = None              # a method against the imbalance of modalities; see training.balance.settings
     stages: list[Stage] = field(default_factory=list)   # one after the other; empty: one stage of everything above
     save: Save = field(default_factory=Save)
     log_every: Count = 10                       # optimizer steps
@@ -213,6 +216,10 @@ class Recipe:
                 raise ValueError("loss: is for mixtures of problems; with a preference, its terms are the loss")
             if self.lora is not None and self.lora.dropout:
                 raise ValueError("lora.dropout: must be 0 with a preference, or policy and reference would differ by chance")
+            if self.balance is not None and (reason := self.balance.not_for_pairs()):
+                raise ValueError(f"balance: {self.balance.method} does not go with a preference: {reason}")
+        if self.lora is not None and self.lora.by_token and self.model.adapter is None and not self.trains("language"):
+            raise ValueError("lora.by_token: changes nothing while the language tower is frozen")
         if self.model.adapter is not None and self.lora is None:
             raise ValueError("model.adapter: needs lora; null trains all weights")
         if not any(self.trains(tower) for tower in TOWERS):
@@ -221,6 +228,11 @@ class Recipe:
     def trains(self, tower: str) -> bool:
         """Whether any parameter of the tower is trained."""
         return getattr(self.optim.lr, tower) > 0 and (self.lora is None or getattr(self.lora, tower).rank > 0)
+
+    @property
+    def active_balance(self) -> Balance | None:
+        """The balance method, unless its strength is 0, which is the same as none."""
+        return self.balance if self.balance is not None and self.balance.strength > 0 else None
 
     @property
     def stage_starts(self) -> list[int]:
@@ -279,6 +291,10 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     values["stages"] = [stage if recipe.stages[i].mixture is None else
                         {**stage, "mixture": found(f"stages.{i}.mixture", stage["mixture"])}
                         for i, stage in enumerate(values.get("stages", ()))]
+    for key, path_of in (("probe", getattr(recipe.balance, "probe", None)), ("blend", getattr(recipe.balance, "blend", None))):
+        if path_of is not None and key in values["balance"]:
+            mixture = found(f"balance.{key}.mixture", path_of.mixture)
+            values["balance"] = {**values["balance"], key: {**values["balance"][key], "mixture": mixture}}
     if recipe.model.adapter is not None:
         values["model"] = {**values["model"], "adapter": recipe.model.adapter.replace("{seed}", str(recipe.seed))}
     if recipe.run_dir is None:

@@ -176,11 +176,15 @@ class Mixture(Order):
         """
         problems, others = self.problems[draw.source], self.partners[draw.source]
         rationale = self.sources[draw.source].rationale
-        prompts = [render(problems[i], draw.view if turn == 0 else View.blind, others[i], rationale=rationale)
+        prompts = [render(problems[i], draw.view if turn == 0 else View.blind, others[i], rationale=rationale, question=draw.question)
                    for turn, i in enumerate(draw.problems)]
         messages = [message for prompt in prompts
                     for message in (*prompt.messages, {"role": "assistant", "content": prompt.target})]
         return messages, prompts[0].images, prompts
+
+    def ids(self, draw: Draw) -> tuple[str, ...]:
+        """Of the problems that are drawn."""
+        return tuple(self.problems[draw.source][i].id for i in draw.problems)
 
     def pictures(self) -> Iterator[tuple[Path, str, int]]:
         """(folder, path, largest size) of every problem's own pictures."""

@@ -4,6 +4,7 @@ import functools
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable
+from operator import itemgetter
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -12,6 +13,8 @@ from torch import nn
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutput
 
+from modeling import adapters
+from modeling.token_lora import TokenLoraConfig, connect, has_token_lora, modality_of
 from training.config import TOWERS, Lora, Model, Recipe, RecipeError
 
 # The linear layers of each tower. Bare suffixes would not do: `gate_proj` is in the vision blocks as well as in the
@@ -21,6 +24,7 @@ LORA_TARGETS = {
     "merger": r"visual\.merger\.mlp\.[02]",
     "language": r"language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate_proj|up_proj|down_proj))",
 }
+MODALITIES = ("image", "text", "shared")
 
 
 def tower_of(name: str) -> str:
@@ -63,7 +67,7 @@ def lora_config(lora: Lora, towers: Iterable[str]) -> LoraConfig:
     rank = {tower: getattr(lora, tower).rank for tower in towers}
     alpha = {tower: 2 * rank[tower] if getattr(lora, tower).alpha is None else getattr(lora, tower).alpha for tower in towers}
     patterns = {tower: rf".*{LORA_TARGETS[tower]}" for tower in towers}
-    return LoraConfig(
+    return (TokenLoraConfig if lora.by_token else LoraConfig)(
         task_type="CAUSAL_LM", r=rank[towers[0]], lora_alpha=alpha[towers[0]], lora_dropout=lora.dropout, bias="none",
         target_modules="|".join(patterns.values()),
         rank_pattern={patterns[tower]: rank[tower] for tower in towers},
@@ -83,8 +87,10 @@ def prepare(base: Qwen2_5_VLForConditionalGeneration, recipe: Recipe) -> nn.Modu
             parameter.requires_grad_(tower_of(name) in towers)
     elif recipe.model.adapter is None:
         model = get_peft_model(base, lora_config(recipe.lora, towers))
+        if has_token_lora(model):
+            connect(model)
     else:
-        model = load_adapter(base, recipe.model.adapter, towers)
+        model = load_adapter(base, recipe.model.adapter, towers, by_token=recipe.lora.by_token)
     found = {tower for tower, numbers in count_parameters(model).items() if numbers["trained"]}
     if found != set(towers):
         raise RecipeError(f"{recipe.name}: trains {', '.join(sorted(found))}, but the recipe says {', '.join(towers)}")
@@ -93,18 +99,23 @@ def prepare(base: Qwen2_5_VLForConditionalGeneration, recipe: Recipe) -> nn.Modu
     return model
 
 
-def load_adapter(base: Qwen2_5_VLForConditionalGeneration, folder: str, towers: Collection[str]) -> PeftModel:
+def load_adapter(base: Qwen2_5_VLForConditionalGeneration, folder: str, towers: Collection[str], *,
+                 by_token: bool = False) -> PeftModel:
     """The base with a trained adapter, to go on training it on some towers; on the others it stays as it is.
 
     Raises:
-        RecipeError: it cannot be loaded, or changes nothing, which is what one made for another model looks like.
+        RecipeError: it cannot be loaded, or changes nothing, which is what one made for another model looks like, or it is
+            `by_token` (LoRA by token type) where the recipe is not, or the other way round.
     """
     try:
-        model = PeftModel.from_pretrained(base, folder, is_trainable=True)
+        model = adapters.load_adapter(base, folder, trainable=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise RecipeError(f"model.adapter: {folder}: {' '.join(str(error).split())[:500]}") from error
     if not any(bool(parameter.any()) for name, parameter in model.named_parameters() if "lora_B" in name):
         raise RecipeError(f"model.adapter: {folder}: no LoRA weight of it changes the model; was it made for another one?")
+    if has_token_lora(model) != by_token:
+        raise RecipeError(f"model.adapter: {folder}: its language tower is {'not ' if by_token else ''}adapted by token type, so "
+                          f"lora.by_token must be {str(not by_token).lower()}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and tower_of(name) in towers)
     return model
@@ -112,7 +123,7 @@ def load_adapter(base: Qwen2_5_VLForConditionalGeneration, folder: str, towers: 
 
 def add_answer_logits(base: Qwen2_5_VLForConditionalGeneration) -> None:
     """Let `base(..., labels=labels, answer_logits=True)` return logits of shape (trained tokens, vocabulary), row after row: those
-    that predict the labels, and no others.
+    that predict the labels, and no others. `hidden_states` holds one tensor: the (trained tokens, width) that they are made of.
 
     A forward of the model like any other, so that wrappers (PEFT, DDP, DeepSpeed) see it.
     """
@@ -123,8 +134,8 @@ def add_answer_logits(base: Qwen2_5_VLForConditionalGeneration) -> None:
         if not answer_logits:
             return original(*args, **kwargs)
         trained = kwargs.pop("labels")[:, 1:] != -100
-        hidden = base.model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
-        return CausalLMOutput(logits=base.lm_head(hidden[:, :-1][trained]))
+        hidden = base.model(*args, **{**kwargs, "use_cache": False}).last_hidden_state[:, :-1][trained]
+        return CausalLMOutput(logits=base.lm_head(hidden), hidden_states=(hidden,))
 
     base.forward = forward
 
@@ -194,17 +205,27 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
-    """Optimizer groups: one per tower and kind of weight decay, each with its tower's learning rate.
+    """Optimizer groups: one per tower, modality and kind of weight decay, each with its tower's learning rate.
 
-    Vectors (norms, biases) get no weight decay.
+    Vectors (norms, biases) get no weight decay. A tower's weights are of one modality, but for a language tower that is adapted
+    by token type. What a balance method adds to the model (`mender`) has groups of its own, last, at its multiple (`rate`) of
+    the language tower's learning rate.
     """
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
+    by_token = recipe.lora is not None and recipe.lora.by_token
+    groups: dict[tuple[int, bool, int, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[tower_of(name), parameter.ndim > 1].append(parameter)
-    return [{"params": parameters, "tower": tower, "lr": getattr(recipe.optim.lr, tower),
+            modality = MODALITIES.index(modality_of(name, by_token))
+            groups[TOWERS.index(tower_of(name)), _is_added(name), modality, parameter.ndim > 1].append(parameter)
+    rate = getattr(getattr(recipe, "balance", None), "rate", 1.0)
+    return [{"params": parameters, "tower": TOWERS[tower], "modality": MODALITIES[modality],
+             "lr": getattr(recipe.optim.lr, TOWERS[tower]) * (rate if added else 1),
              "weight_decay": recipe.optim.weight_decay if decay else 0.0}
-            for (tower, decay), parameters in sorted(groups.items(), key=lambda item: (TOWERS.index(item[0][0]), item[0][1]))]
+            for (tower, added, modality, decay), parameters in sorted(groups.items(), key=itemgetter(0))]
+
+
+def _is_added(name: str) -> bool:
+    return re.search(r"(^|\.)mender\.", name) is not None
 
 
 def tower_table(model: nn.Module, recipe: Recipe) -> Table:
@@ -216,6 +237,8 @@ def tower_table(model: nn.Module, recipe: Recipe) -> Table:
     table = Table("tower", "parameters", "trained", "modules", "LoRA rank", "learning rate", title="towers", title_justify="left")
     for tower, numbers in count_parameters(model).items():
         rank = "all weights" if recipe.lora is None else str(getattr(recipe.lora, tower).rank)
+        if tower == "language" and recipe.lora is not None and recipe.lora.by_token:
+            rank += " by token type"
         trained = numbers["trained"]
         table.add_row(tower, f"{numbers['total'] - (trained if recipe.lora else 0):,}", f"{trained:,}", str(adapted[tower] or "-"),
                       rank if trained else "frozen", f"{getattr(recipe.optim.lr, tower):g}" if trained else "-")

@@ -13,11 +13,18 @@ import torch
 from torch import Tensor
 
 from data_prep.problem import View
+from training.balance.settings import Balance
 from training.config import CrossModalKL, Loss, RecipeError
 from training.losses import cross_modal_kl, evidence_weights, jensen_shannon, weighted_nll
 
 WITHOUT_PICTURE = {View.both: View.text, View.vision: View.blind}
 OTHER_SIDE = {View.both: View.vision, View.vision: View.both}
+# The unimodal branches of a balance method: who carries what is asked about
+BRANCHES = {
+    "image": {View.both: View.vision, View.vision: View.vision},
+    "text": WITHOUT_PICTURE,
+    "none": {View.both: View.blind, View.vision: View.blind},
+}
 
 
 VIEWS = tuple(View)             # a view's number, as batches carry it, is its place here
@@ -29,6 +36,7 @@ class Role(NamedTuple):
     learns: bool                # whether a gradient flows through it
     full: bool = False          # whether the whole distribution is needed, not only the answer's token
     some: bool = False          # problems drawn in other views take no part, and are shown as they were drawn
+    question: bool = True       # False: without the question, its options and instruction staying
 
     def view_of(self, drawn: View) -> View:
         """The view in which a drawn problem is shown. KeyError when there is none."""
@@ -42,6 +50,7 @@ class Answers:
     right: Tensor               # (tokens,) bool: the token is the model's first choice
     entropy: Tensor             # (tokens,) of the model's distribution
     distribution: Tensor | None  # (tokens, vocabulary) log-probabilities, where they were asked for
+    hidden: Tensor | None = None    # (tokens, width) what the output layer reads, beside the distribution
 
 
 def roles(loss: Loss) -> dict[str, Role]:
@@ -70,13 +79,24 @@ def _taking_part(kl: CrossModalKL) -> tuple[View, ...]:
     return VIEWS if kl.drawn is None else tuple(View(name) for name in kl.drawn)
 
 
-def needs(loss: Loss, drawn: View) -> tuple[View, ...]:
-    """The views in which a loss shows the problems of a drawn view as well.
+def branch_roles(balance: Balance, step: int) -> dict[str, Role]:
+    """The unimodal branches that a balance method needs at an optimizer step."""
+    return {name: Role(BRANCHES[name], learns, True, question=name == "text" or balance.question == "kept")
+            for name, learns in balance.views(step).items()}
+
+
+def needs(loss: Loss, drawn: View, balance: Balance | None = None) -> tuple[View, ...]:
+    """The views in which a loss and a balance method show the problems of a drawn view as well.
 
     Raises:
-        RecipeError: the loss knows no counterpart of that view.
+        RecipeError: one of them knows no counterpart of that view.
     """
     views = []
+    if balance is not None:
+        if drawn not in BRANCHES["none"]:
+            raise RecipeError(f"balance: the mixture draws the view {drawn.value}, which has no picture side and word side to "
+                              f"balance; it may draw {', '.join(view.value for view in BRANCHES['none'])}")
+        views += [shown[drawn] for shown in BRANCHES.values()]
     for name, role in roles(loss).items():
         if drawn not in role.shown and not role.some:
             raise RecipeError(f"loss: the mixture draws the view {drawn.value}, for which there is no {name.replace('_', ' ')}; "

@@ -26,6 +26,7 @@ class Draw(NamedTuple):
     problems: tuple[int, ...]                   # places in the source's problems, or the place of its pair
     stage: int = 0
     epoch: int = 0                              # how often its source has been gone through in this view
+    question: bool = True                       # False: options and instruction are shown without it
 
 
 @dataclass

@@ -66,7 +66,7 @@ class Plan:
             common = {"seed": (recipe.seed, STAGE_SEED + number) if number else recipe.seed,
                       "draws": (end - start) * recipe.batch, "skip_bad": recipe.data.skip_bad, "cache": cache}
             if recipe.preference is None:
-                mixture = Mixture(recipe.stage_mixture(number), needs=partial(needs, loss), **common)
+                mixture = Mixture(recipe.stage_mixture(number), needs=partial(needs, loss, balance=recipe.active_balance), **common)
             else:
                 mixture = PairMixture(recipe.stage_mixture(number), preference=recipe.preference, **common)
             self.stages.append(PlannedStage(number, mixture, loss, start, end, recipe.batch, recipe.preference))
@@ -87,6 +87,10 @@ class Plan:
     def conversation(self, draw: Draw) -> tuple[list[dict], tuple, list[Prompt]]:
         """See Mixture.conversation."""
         return self.stages[draw.stage].mixture.conversation(draw)
+
+    def ids(self, draw: Draw) -> tuple[str, ...]:
+        """Of the problems that are drawn."""
+        return self.stages[draw.stage].mixture.ids(draw)
 
     def state(self, step: int) -> dict[str, Any]:
         """Where the plan stands after `step` optimizer steps, as plain JSON values."""

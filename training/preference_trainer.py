@@ -19,7 +19,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from training.collate import IGNORED
 from training.collate_pairs import PairCollator
 from training.config import Recipe, RecipeError
-from training.model import add_shared_pictures, picture_features, unwrap
+from training.model import add_answer_logits, add_shared_pictures, picture_features, unwrap
 from training.preference import CHOSEN, REJECTED, NoisePace, Side, answer_terms, combine, report
 from training.trainers import RecipeTrainer, arguments
 
@@ -96,6 +96,8 @@ class VisionDPOTrainer(RecipeTrainer, DPOTrainer):
                     for pair in pairs:
                         if pair.rejected is None:
                             raise RecipeError(f"preference.answer: {pair.id} has no rejected answer, which several ranks cannot skip")
+        add_answer_logits(unwrap(model))        # a balance method's probe reads them
+        self.set_up_balance()
         self._quiet()
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
@@ -122,6 +124,7 @@ class VisionDPOTrainer(RecipeTrainer, DPOTrainer):
         self._watch(inputs, d, there, lengths)
         hardness = inputs["hardness"]
         self._count({"hardness": (hardness.nan_to_num(0.0).sum(), (~hardness.isnan()).sum())})
+        self.before_optimizer_step()
         return (loss, out) if return_outputs else loss
 
     def _answer_terms(self, batch: dict, out: Any, rows: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:

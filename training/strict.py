@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -66,9 +66,20 @@ def build(kind: type, values: dict[str, Any], where: str | Path, layers: Iterabl
     except ValidationError as error:
         lines = []
         for problem in error.errors():
-            places = [place for place, layer in layers if _holds(layer, problem["loc"])]
-            lines.append(_explain(kind, problem, places[-1] if places and problem["loc"] else where))
-        raise RecipeError("\n".join(lines)) from None
+            path = _path(problem, values)
+            places = [place for place, layer in layers if _holds(layer, path)]
+            lines.append(_explain(kind, problem, path, places[-1] if places and path else where))
+        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _path(problem: dict, values: Any) -> list[str | int]:
+    """The keys that lead to a mistake, without the names of a union's branches, which stand among them."""
+    path, parts = [], list(problem["loc"])
+    for part in parts[:-1] if problem["type"] in ("missing", "missing_argument") else parts:
+        if isinstance(values, dict) and part in values or isinstance(values, list) and part in range(len(values)):
+            path.append(part)
+            values = values[part]
+    return [*path, parts[-1]] if problem["type"] in ("missing", "missing_argument") else path
 
 
 def _holds(values: Any, path: Iterable[str | int]) -> bool:
@@ -81,30 +92,42 @@ def _holds(values: Any, path: Iterable[str | int]) -> bool:
     return True
 
 
-def _explain(kind: type, problem: dict, where: str | Path) -> str:
-    path = [str(part) for part in problem["loc"]]
-    key = ".".join(path) or "recipe"
+def _explain(kind: type, problem: dict, path: list[str | int], where: str | Path) -> str:
+    key = ".".join(map(str, path)) or "recipe"
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        near = get_close_matches(path[-1], _field_names(kind, path[:-1]), n=1, cutoff=0.5)
+        near = get_close_matches(str(path[-1]), _field_names(kind, problem["loc"][:-1]), n=1, cutoff=0.5)
         return f"{where}: {key}: no such key" + (f"; did you mean '{near[0]}'?" if near else "")
     if problem["type"] in ("missing", "missing_argument"):
         return f"{where}: {key}: is missing"
+    if problem["type"] == "union_tag_not_found":
+        return f"{where}: {key}.{problem['ctx']['discriminator'].strip(chr(39))}: is missing"
+    if problem["type"] == "union_tag_invalid":
+        tags = problem["ctx"]["expected_tags"].replace("'", "").split(", ")
+        near = get_close_matches(problem["ctx"]["tag"], tags, n=1, cutoff=0.5)
+        return (f"{where}: {key}.{problem['ctx']['discriminator'].strip(chr(39))}: no such {problem['ctx']['tag']!r}; there are "
+                f"{', '.join(tags)}" + (f"; did you mean '{near[0]}'?" if near else ""))
     message = problem["msg"].removeprefix("Value error, ")
     given = "" if problem["type"] == "value_error" else f", not {problem['input']!r}"
     return f"{where}: {key}: {message[0].lower() + message[1:]}{given}"
 
 
-def _field_names(kind: Any, path: list[str]) -> list[str]:
+def _field_names(kind: Any, path: Iterable[str | int]) -> list[str]:
     """Names of the fields of the dataclass that `path` leads to."""
+    kinds = [kind]
     for part in path:
-        fields = getattr(kind, "__dataclass_fields__", {})
-        if part not in fields:
-            continue                            # an index, or the branch of a union
-        kind = fields[part].type
-        for option in getattr(kind, "__args__", ()):
-            if hasattr(option, "__dataclass_fields__"):
-                kind = option
-    return list(getattr(kind, "__dataclass_fields__", {}))
+        holders = [one for one in kinds if part in one.__dataclass_fields__]
+        if holders:
+            kinds = _dataclasses(holders[-1].__dataclass_fields__[part].type)
+        elif isinstance(part, str):         # the tag of a union's branch; numbers are places in a list
+            kinds = [one for one in kinds if part in get_args(getattr(one.__dataclass_fields__.get("method"), "type", None))] or kinds
+    return [name for one in kinds for name in one.__dataclass_fields__]
+
+
+def _dataclasses(kind: Any) -> list[type]:
+    """The dataclasses in a type: itself, or inside unions, lists and annotations."""
+    if hasattr(kind, "__dataclass_fields__"):
+        return [kind]
+    return [one for argument in get_args(kind) for one in _dataclasses(argument)]
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:

@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from training.balanced import Balanced
 from training.collate import IGNORED, Collator, answer_numbers
 from training.config import Recipe
 from training.model import add_answer_logits, parameter_groups, picture_features, unwrap
@@ -53,7 +54,7 @@ def sft_arguments(recipe: Recipe, run_dir: Path, **where: Any) -> SFTConfig:
     return SFTConfig(**arguments(recipe, run_dir, **where), dataset_kwargs={"skip_prepare_dataset": True})
 
 
-class RecipeTrainer:
+class RecipeTrainer(Balanced):
     """What our trainers change about TRL's: a learning rate per tower, the recipe's schedule, sums that are logged as means.
 
     `recipe` is set before TRL's own __init__ runs.
@@ -101,18 +102,41 @@ class RecipeTrainer:
         pixels = torch.zeros(side**2, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2, device=base.device)
         return picture_features(base, pixels, torch.tensor([[1, side, side]], device=base.device))[0].sum()
 
+    def look_at(self, model, batch: dict, learns: bool, full: bool) -> Answers:
+        """The answers' tokens of a batch as the model sees them, with a gradient where it `learns`."""
+        labels = batch["labels"]
+        trained = labels[:, 1:] != IGNORED
+        batch = {key: value for key, value in batch.items() if key != "loss_weight"}
+        with nullcontext() if learns else torch.no_grad():
+            blank = self._blank_features() if learns and self._alone(batch) else None
+            if full:
+                outputs = model(**batch, use_cache=False, answer_logits=True)
+                logps = outputs.logits.float().log_softmax(-1)
+                wanted = labels[:, 1:][trained]
+                found = Answers(logps.gather(1, wanted[:, None])[:, 0], logps.argmax(-1) == wanted,
+                                -(logps.exp() * logps).sum(-1).detach(), logps, outputs.hidden_states[0])
+            else:
+                outputs = model(**batch, use_cache=False, fused_lm_head=True)
+                found = Answers(outputs.log_probs[trained], outputs.is_top1[trained].bool(),
+                                outputs.entropy[trained].detach(), None)
+            if blank is not None:
+                found.log_probs = found.log_probs + 0 * blank
+        return found
+
     def counted(self) -> dict[str, float]:
         """What was counted since the last log, over all ranks; then forgotten."""
         return {}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if logs.pop("learning_rate", None) is not None:
-            logs.update(self._rates | self.counted())
+            logs.update(self._rates | self.counted() | self.balance_shown())
         super().log(logs, start_time)
 
     def _get_learning_rate(self) -> float:
         """Called between the optimizer's step and the schedule's: the rates that the step was made with."""
-        self._rates = {f"lr_{group['tower']}": group["lr"] for group in self.optimizer.param_groups}
+        several = {group["tower"] for group in self.optimizer.param_groups if group["modality"] == "shared"}
+        self._rates = {f"lr_{group['tower']}" + (f"_{group['modality']}" if group["tower"] in several else ""): group["lr"]
+                       for group in self.optimizer.param_groups}
         return super()._get_learning_rate()
 
     def create_model_card(self, *args, **kwargs) -> None:
@@ -136,26 +160,34 @@ class VisionSFTTrainer(RecipeTrainer, SFTTrainer):
         add_answer_logits(unwrap(self.model))
         self._counted: dict[str, torch.Tensor] = {}     # since the last log: sums over trained tokens, and their number
         self._tokens: torch.Tensor | None = None        # trained tokens of the optimizer step, over micro-batches and ranks
+        self._answers: torch.Tensor | None = None       # likewise
+        self.set_up_balance()
         self._quiet()
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         if not batch_samples:
             return None
-        sums = sum(torch.stack([batch["loss_weight"][:, 1:].sum(), (batch["labels"][:, 1:] != IGNORED).sum()])
-                   for batch in batch_samples).to(device)
-        total, self._tokens = self.accelerator.gather(sums[None]).sum(0)
+        sums = sum(torch.stack([batch["loss_weight"][:, 1:].sum(), (batch["labels"][:, 1:] != IGNORED).sum(),
+                                torch.tensor(len(batch.get("at", ())))]) for batch in batch_samples).to(device)
+        total, self._tokens, self._answers = self.accelerator.gather(sums[None]).sum(0)
         return total
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         objective = self.data_collator.objectives[inputs.pop("stage")]
         drawn = inputs.pop("views")
+        method = {name: inputs.pop(name) for name in ("branches", "at", "token", "extras") if name in inputs}
+        if self._only is not None:
+            return self.branch_loss(model, method, num_items_in_batch) * self.accelerator.num_processes
         batches = {**inputs.pop("roles"), None: inputs}
         trained = inputs["labels"][:, 1:] != IGNORED
         weight = inputs["loss_weight"][:, 1:][trained]
         looks: dict[str | None, Answers] = {}
 
         def look(role: str | None, learns: bool, full: bool) -> Answers:
-            looks[role] = self._look(model, batches[role], learns, full)
+            if role is None and self.balance is not None:
+                self.balance.begin(method.get("extras", {}))
+                full = full or bool(method["branches"])
+            looks[role] = self.look_at(model, batches[role], learns, full)
             return looks[role]
 
         count = weight.new_tensor(len(weight))
@@ -164,30 +196,16 @@ class VisionSFTTrainer(RecipeTrainer, SFTTrainer):
         view = drawn[trained.nonzero()[:, 0]]
         loss, shown = objective(look, weight, answer_numbers(inputs["labels"]), view, total, tokens)
         main = looks[None]
-        self._count({"tokens": count, "token_accuracy": main.right.sum(), "entropy": main.entropy.sum(), **shown})
+        if self.balance is not None:
+            answers = len(method.get("at", ())) if num_items_in_batch is None else self._answers
+            more = self.balance_loss(model, {**method, "labels": inputs["labels"]}, main, answers)
+            loss = loss if more is None else loss + more
+            self.before_optimizer_step()
+        if not self._again:
+            self._count({"tokens": count, "token_accuracy": main.right.sum(), "entropy": main.entropy.sum(), **shown})
         # Ranks average their gradients, while the totals are those of all ranks.
         loss = loss * self.accelerator.num_processes
         return (loss, main) if return_outputs else loss
-
-    def _look(self, model, batch: dict, learns: bool, full: bool) -> Answers:
-        """The answers' tokens of a batch as the model sees them, with a gradient where it `learns`."""
-        labels = batch["labels"]
-        trained = labels[:, 1:] != IGNORED
-        batch = {key: value for key, value in batch.items() if key != "loss_weight"}
-        with nullcontext() if learns else torch.no_grad():
-            blank = self._blank_features() if learns and self._alone(batch) else None
-            if full:
-                logps = model(**batch, use_cache=False, answer_logits=True).logits.float().log_softmax(-1)
-                wanted = labels[:, 1:][trained]
-                found = Answers(logps.gather(1, wanted[:, None])[:, 0], logps.argmax(-1) == wanted,
-                                -(logps.exp() * logps).sum(-1).detach(), logps)
-            else:
-                outputs = model(**batch, use_cache=False, fused_lm_head=True)
-                found = Answers(outputs.log_probs[trained], outputs.is_top1[trained].bool(),
-                                outputs.entropy[trained].detach(), None)
-            if blank is not None:
-                found.log_probs = found.log_probs + 0 * blank
-        return found
 
     def _count(self, sums: dict[str, torch.Tensor]) -> None:
         for name, value in sums.items():

@@ -3,12 +3,16 @@
 Where the code released with it (zrguo/CGGM) differs from the paper, the functions say so.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from training.balance.hook import Modulation, World
+from training.balance.settings import SIDES, Cggm
 from training.balance.shapley import existing, option_log_probs
+from training.balance.views import Seen
 
 STILL = 1e-3                # a sum of differences below it says nothing about who improves
 LOWEST, HIGHEST = 0.1, 2.0  # of a guarded coefficient
@@ -124,3 +128,57 @@ def _unit_scale(x: Tensor) -> Tensor:
     x = x if x.dtype == torch.float64 else x.float()
     largest = x.detach().abs().max()
     return x / torch.where(largest > 0, largest, 1.0)
+
+
+class CggmMethod(Modulation):
+    """CGGM with branches of one model in place of classifiers: what each scores by itself, now and at the last measurement.
+
+    The magnitude is a factor on the learning rate of each modality's weights, from the first measurement on, of which the previous
+    one is 0. The direction term takes the newest coefficients, and the micro-batch's own gradients; like every part of a loss that
+    is not a mean over rows, it depends on how the optimizer step is cut into micro-batches.
+    """
+
+    settings: Cggm
+
+    def __init__(self, settings: Cggm, world: World) -> None:
+        super().__init__(settings, world)
+        self.previous = [0.0] * len(SIDES)
+        self.coefficients = [1.0] * len(SIDES)
+
+    def measured(self, values: dict[str, float]) -> None:
+        now = [values[side] for side in SIDES]
+        self.coefficients = coefficients(now, self.previous, guard=self.settings.guard).tolist()
+        self.previous = now
+        self.set({side: self.settings.rho * c for side, c in zip(SIDES, self.coefficients)})
+
+    def loss(self, views: Mapping[str, Seen], answers: Tensor | float) -> Tensor | None:
+        self.watch(views)
+        if self.settings.direction is None:
+            return None
+        both = views["both"]
+        rows = (both.tokens >= 0).sum(-1) > 1
+        rows &= both.tokens[:, 0] >= 0              # decided by the first token, where the hidden state was kept
+        if not rows.any():
+            return None
+        gradients = [_first_token_gradient(views[name], rows) for name in ("both", *SIDES)]
+        cosines = direction_cosines(gradients[0], gradients[1:], mode=self.settings.direction.mode)
+        self.shown |= {f"cosine_{side}": float(one) for side, one in zip(SIDES, cosines.detach())}
+        term = direction_loss(cosines.new_tensor(self.coefficients), cosines)
+        return self.strength * self.settings.direction.lam * self.world.share * term
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "previous": self.previous, "coefficients": self.coefficients}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        super().load(state)
+        self.previous, self.coefficients = list(state["previous"]), list(state["coefficients"])
+
+
+def _first_token_gradient(seen: Seen, rows: Tensor) -> Tensor:
+    """option_gradient for the output layer's rows of all tokens that any of the answers' options begin with: (tokens, width)."""
+    tokens = seen.tokens[rows]
+    ids, place = tokens.clamp(min=0).unique(return_inverse=True)
+    exists = torch.zeros(len(tokens), len(ids), dtype=torch.long, device=ids.device)
+    exists = exists.scatter_add(1, place, (tokens >= 0).long()) > 0
+    logits = seen.first[rows][:, ids].masked_fill(~exists, -torch.inf)
+    return option_gradient(seen.hidden[rows], logits, place[:, 0], exists)

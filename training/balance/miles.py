@@ -1,6 +1,13 @@
 """MILES (arXiv 2510.17394): after each measurement, slow down the modality that is learned faster by itself."""
 
 import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from training.balance.hook import Metrics, Modulation, World
+from training.balance.settings import SIDES, Miles
+from training.balance.views import Seen
 
 
 def relative_gains(both: float, image: float, text: float) -> tuple[float, float]:
@@ -47,3 +54,23 @@ def lr_factors(both: float, image: float, text: float, *, tau: float, mu: float)
         if abs(u_image - u_text) > tau and not (u_image < 0 and u_text < 0):
             factors["image" if u_image > u_text else "text"] = float(mu)
     return factors
+
+
+class MilesMethod(Modulation):
+    """MILES on the towers of one model: the probe's accuracies, corrected for chance, decide the factors until the next probe."""
+
+    settings: Miles
+
+    def __init__(self, settings: Miles, world: World) -> None:
+        super().__init__(settings, world)
+        self.branches = ("both", *SIDES)
+
+    def on_probe(self, metrics: Metrics) -> None:
+        values = {branch: metrics[branch][self.settings.metric] for branch in self.branches}
+        self.shown |= {f"value_{branch}": value for branch, value in values.items()}
+        self.set(lr_factors(**values, tau=self.settings.tau, mu=self.settings.mu))
+
+    def loss(self, views: Mapping[str, Seen], answers: Tensor | float) -> Tensor | None:
+        if self.settings.unimodal_ce:
+            own = sum(views[side].own_loss().sum() for side in SIDES)
+            return self.strength * self.settings.unimodal_ce * own / answers

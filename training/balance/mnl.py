@@ -4,10 +4,15 @@ The guidance terms only; cross-entropies are the caller's. Sides are decided per
 released code (BaoquanGong/Multimodal-Negative-Learning) differs from the paper, the functions say so.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from training.balance.hook import Method
+from training.balance.settings import SIDES, Mnl
 from training.balance.shapley import existing, option_log_probs
+from training.balance.views import Seen
 
 
 def negative_learning(text_logits: Tensor, image_logits: Tensor, fused_logits: Tensor, labels: Tensor, *, lam: float = 0.7,
@@ -130,3 +135,35 @@ def _right(labels: Tensor, exists: Tensor) -> Tensor:
         row = int((right & ~exists).any(-1).nonzero()[0])
         raise ValueError(f"row {row} of the batch is labelled with option {int(labels[row])}, which it does not have")
     return right
+
+
+class MnlMethod(Method):
+    """MNL between the branches of one model; the drawn view is the joint prediction.
+
+    The options of an open answer are the first tokens that the joint prediction finds likeliest. Text teaching the image's branch
+    reaches every tower, the image teaching the text's branch only the language tower.
+    """
+
+    settings: Mnl
+
+    def loss(self, views: Mapping[str, Seen], answers: Tensor | float) -> Tensor | None:
+        text, image, both = views["text"], views["image"], views["both"]
+        loss = both.log_prob.sum() * 0
+        if self.world.step() >= self.settings.warmup_steps:
+            closed = both.closed
+            tables = [(text.options[closed], image.options[closed], both.options[closed])]
+            if not closed.all():
+                places = top_options(both.first[~closed], both.right[~closed], min(self.settings.top, both.first.shape[-1]))
+                tables.append(tuple(one.first[~closed].gather(-1, places) for one in (text, image, both)))
+            taught = {side: 0 for side in SIDES}
+            for table in tables:
+                if len(table[0]):
+                    labels = table[0].new_zeros(len(table[0])).long()
+                    loss = loss + negative_learning(*table, labels, lam=self.settings.lam, student_ce=self.settings.student_ce,
+                                                    reduction=self.settings.reduction, rows=answers)
+                    for side, rows in zip(("text", "image"), teachers(*table, labels)):
+                        taught[side] += int(rows.sum())
+            self.shown |= {f"taught_by_{side}": count / max(len(closed), 1) for side, count in taught.items()}
+        if self.settings.own:
+            loss = loss + self.settings.own * (text.own_loss().sum() + image.own_loss().sum()) / answers
+        return self.strength * loss

@@ -7,11 +7,16 @@ which. nu_d = 1 is SAM (arXiv 2010.01412), nu_d = 0 the base optimizer.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from training.balance.hook import Groups, Measured, World
+from training.balance.settings import SIDES, Msam
+from training.balance.shapley import shapley_two, shares
 
 
 def blend(g0: Tensor, g1: Tensor, share: float) -> Tensor:
@@ -118,7 +123,7 @@ class ModalitySAM(torch.optim.Optimizer):
                 with self._replayed(noise):
                     (dominant or closure)()
             except BaseException:
-                self._put_back()
+                self.undo()
                 raise
         self.restore()
         self.base.step()
@@ -167,6 +172,11 @@ class ModalitySAM(torch.optim.Optimizer):
                 param.grad.copy_(blend(torch.zeros_like(param.grad) if g0 is None else g0, param.grad, share))
             else:
                 param.grad = None
+
+    def undo(self) -> None:
+        """Put the weights back when the second pass failed."""
+        if self._weights is not None:
+            self._put_back()
 
     def _put_back(self) -> None:
         with torch.no_grad():
@@ -230,3 +240,61 @@ class ModalitySAM(torch.optim.Optimizer):
 def _set_noise(noise: dict[torch.device | None, Tensor]) -> None:
     for device, state in noise.items():
         torch.set_rng_state(state) if device is None else torch.cuda.set_rng_state(state, device)
+
+
+class MsamMethod(Measured):
+    """M-SAM on the adapters of one model. Until the first measurement, which is in the first step, shares are equal.
+
+    Shares come from branches in place of zeroed inputs. The gradients at the weights are those of the whole optimizer step, over
+    micro-batches and ranks; the second pass goes over the same micro-batches with the same random numbers, and clipping sees the
+    blended gradients.
+    """
+
+    settings: Msam
+    replays = True
+    changes_gradients = True
+    branches = ("none", *SIDES, "both")
+
+    def __init__(self, settings: Msam, world: World) -> None:
+        super().__init__(settings, world)
+        self.shares = dict.fromkeys(SIDES, 0.5)
+        self._sam: ModalitySAM | None = None
+
+    def measured(self, values: dict[str, float]) -> None:
+        image, text = shapley_two(*(values[branch] for branch in self.branches))
+        self.shares = shares({"image": image, "text": text})
+
+    def on_gradients(self, groups: Groups, again: Callable[[str | None], None]) -> None:
+        dominant = max(self.shares, key=self.shares.get)
+        share = self.shares[dominant] if self.settings.share == "shapley" else self.settings.share
+        if self._sam is None:
+            perturbed = [{"params": group["params"]} for group in groups]
+            self._sam = ModalitySAM(perturbed, self.world.optimizer(), rho=self.settings.rho,
+                                    p=math.inf if self.settings.p == "inf" else self.settings.p)
+        sam = self._sam
+        sam.share = self.strength * share
+        if self.settings.share == "shapley":
+            self.shown |= {f"share_{side}": one for side, one in self.shares.items()}
+        if self.settings.scope == "tower":
+            for mine, group in zip(sam.groups, groups):
+                mine["rho"] = self.settings.rho if group["modality"] == dominant else 0.0
+        if not sam.active:
+            return
+        branch = dominant if self.settings.scope == "view" else None
+        sam.keep()
+        if branch is not None:
+            again(branch)
+        sam.perturb()
+        try:
+            again(branch)
+        except BaseException:
+            sam.undo()
+            raise
+        sam.restore()
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "shares": self.shares}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        super().load(state)
+        self.shares = dict(state["shares"])

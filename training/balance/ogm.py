@@ -1,12 +1,20 @@
 """Short baselines: OGM-GE (arXiv 2203.15332), modality dropout, and coefficients drawn from another method's at random."""
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from data_prep.encode import Encoder
+from data_prep.problem import View
+from training.balance.hook import Groups, Method, Modulation, Showing, World, scale
 from training.balance.lnln import Seed, generator
+from training.balance.settings import SIDES, ModalityDropout, OgmGe, RandomFactors
+from training.order import Draw
+from training.strict import RecipeError
 
 
 def coefficients(image: float, text: float, *, alpha: float) -> dict[str, float]:
@@ -81,3 +89,78 @@ def shuffled(table: Tensor, *, seed: Seed) -> Tensor:
         The same rows in another order.
     """
     return table[torch.from_numpy(generator(seed).permutation(len(table))).to(table.device)]
+
+
+class OgmGeMethod(Modulation):
+    """OGM-GE: the coefficients are factors on the learning rate; the noise is added to the gradients, which are scaled with it."""
+
+    settings: OgmGe
+    changes_gradients = True
+
+    def measured(self, values: dict[str, float]) -> None:
+        self.set(coefficients(*(max(values[side], 0.0) for side in SIDES), alpha=self.settings.alpha))
+
+    def on_gradients(self, groups: Groups, again: Callable[[str | None], None]) -> None:
+        if not self.settings.noise:
+            return
+        for number, group in enumerate(groups):
+            if group["modality"] not in SIDES:
+                continue
+            for place, parameter in enumerate(group["params"]):
+                if parameter.grad is not None:
+                    seed = generator((self.world.seed, "ogm_ge", self.world.step(), number, place)).integers(2**62)
+                    random = torch.Generator(parameter.device).manual_seed(int(seed))
+                    noise = with_noise(parameter.grad, 0.0, random=random)
+                    parameter.grad.add_(noise, alpha=self.strength)
+
+
+class ModalityDropoutMethod(Method):
+    """All of it is in how problems are shown."""
+
+
+class Dropping(Showing):
+    """A conversation without its picture, or without its facts and the questions' stems."""
+
+    def __init__(self, settings: ModalityDropout, seed: int, encoder: Encoder) -> None:
+        self.settings, self.seed = settings, seed
+
+    def draw(self, draw: Draw, key: tuple) -> Draw:
+        chances = {side: self.settings.strength * getattr(self.settings, side) for side in SIDES}
+        image, text = modality_dropout([(self.seed, "modality_dropout", *key)], **chances)[0].tolist()
+        if not image:
+            return draw._replace(view={View.both: View.text, View.vision: View.blind}[draw.view])
+        return draw if text else draw._replace(view=View.vision, question=False)
+
+
+class RandomFactorsMethod(Method):
+    """Factors of a finished run, shuffled; each holds for `every` steps."""
+
+    settings: RandomFactors
+
+    def __init__(self, settings: RandomFactors, world: World) -> None:
+        super().__init__(settings, world)
+        table = torch.tensor(factors_of(settings.of, world.seed), dtype=torch.float64)
+        self.table = shuffled(table, seed=(world.seed, "random_factors")).tolist()
+
+    def before_step(self, groups: Groups) -> None:
+        row = self.table[self.world.step() // self.settings.every % len(self.table)]
+        factors = {side: 1 + self.strength * (factor - 1) for side, factor in zip(SIDES, row)}
+        scale(groups, factors)
+        self.shown |= {f"factor_{side}": factor for side, factor in factors.items()}
+
+
+def factors_of(folder: str, seed: int) -> list[list[float]]:
+    """The factors (image, text) that a run logged, in their order.
+
+    Raises:
+        RecipeError: there are none.
+    """
+    path = Path(folder.replace("{seed}", str(seed))) / "metrics.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found = [[row[f"balance/factor_{side}"] for side in SIDES] for row in rows if f"balance/factor_{SIDES[0]}" in row]
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(f"balance.of: {path}: cannot be read: {' '.join(str(error).split())}") from error
+    if not found:
+        raise RecipeError(f"balance.of: {path}: no factors are logged there; it is not the log of a method that has some")
+    return found
