@@ -72,7 +72,7 @@ def dry_run(recipe) -> None:
     encoder = load_encoder(recipe.model)
     plan = Plan(recipe)
     fresh = replace(recipe, model=replace(recipe.model, adapter=None))      # the one that it starts from need not be there yet
-    model = prepare(empty_base(recipe.model), fresh)
+    model = prepare(empty_base(recipe.model), fresh, encoder)
     console.print(tower_table(model, recipe))
     for stage in plan.stages:
         console.print(stage.table(encoder))
@@ -102,7 +102,7 @@ def train(recipe, *, resume: bool, deepspeed: str | None = None) -> None:
     plan = Plan(recipe)
     encoder = load_encoder(recipe.model)
     arguments = arguments_of(recipe, world_size=world_size, deepspeed=deepspeed)
-    model = prepare(load_base(recipe.model), recipe)
+    model = prepare(load_base(recipe.model), recipe, encoder)
     console.print(tower_table(model, recipe))
     for stage in plan.stages:
         console.print(stage.table(encoder))
@@ -143,6 +143,8 @@ def adapter_hash(recipe) -> dict[str, str]:
 
 def save(trainer, path: Path) -> None:
     """Write model or adapter beside its place, then move it there: a killed process leaves no half of one."""
+    from modeling.adapters import save_extras
+
     part = path.with_name(path.name + ".part")
     if trainer.args.process_index == 0:
         shutil.rmtree(part, ignore_errors=True)
@@ -150,6 +152,7 @@ def save(trainer, path: Path) -> None:
     if trainer.args.process_index == 0:
         for extra in ("training_args.bin", "README.md"):
             (part / extra).unlink(missing_ok=True)
+        save_extras(trainer.accelerator.unwrap_model(trainer.model), part)
         shutil.rmtree(path, ignore_errors=True)
         part.rename(path)
 

@@ -64,7 +64,8 @@ class Answerer:
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         if (mender := getattr(base, "mender", None)) is not None:
             if mender.slot_id != self.encoder.slot_id:
-                raise ModelError(f"--adapter {adapter}: its slots are token {mender.slot_id}, which {model} does not have for them")
+                raise ModelError(f"--adapter {adapter}: its slots are token {mender.slot_id}, those of {model} "
+                                 f"{self.encoder.slot_id}")
             self.encoder.slots = mender.slots
 
     @classmethod

@@ -126,8 +126,8 @@ def corrupt_row(row: Encoded, *, text: float, image: float, seed: Seed, missing:
 
     Tokens of facts and questions (`row.open`) become `missing`, each with probability `text`. Of every picture whole merged
     cells, one image token each, become zero rows of `pixel_values`, which is the mean colour, with probability `image`. For one
-    seed a higher rate removes what a lower one does and more. Text is counted from its end, where the question stands, so that a
-    question loses the same words whatever stands before it.
+    seed a higher rate removes what a lower one does and more. Text is counted from its end, where the question stands, so that
+    a question loses the same words whatever stands before it.
 
     Args:
         text, image: rates in [0, 1].

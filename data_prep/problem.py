@@ -25,8 +25,8 @@ from data_prep.libraries import console
 from data_prep.read import LETTERS, MARKER, Problem, as_tuple, named, read_problems, write_problems
 
 __all__ = [
-    "Corruption", "LETTERS", "MAX_PIXELS", "Problem", "ProblemError", "Prompt", "View", "every_picture", "load_images", "partners",
-    "possible_views", "read_problems", "render", "shown_options", "shown_pictures", "Words", "write_problems",
+    "Corruption", "LETTERS", "MAX_PIXELS", "Problem", "ProblemError", "Prompt", "View", "Words", "every_picture", "load_images",
+    "partners", "possible_views", "read_problems", "render", "shown_options", "shown_pictures", "write_problems",
 ]  # fmt: skip
 
 

@@ -147,10 +147,10 @@ def check_pair(before: Side, after: Side) -> list[str]:
 
 
 def _check_alike(a: Run, b: Run) -> None:
-    for key in SETTINGS:
-        if a.info[key] != b.info[key]:
-            raise AnswersError(f"{a.folder} and {b.folder} differ in {key}: {_short(a.info[key])} against "
-                               f"{_short(b.info[key])}; evaluate both with the same")
+    for key in (*SETTINGS, "corrupt"):          # only runs with corruption record it
+        if a.info.get(key) != b.info.get(key):
+            raise AnswersError(f"{a.folder} and {b.folder} differ in {key}: {_short(a.info.get(key))} against "
+                               f"{_short(b.info.get(key))}; evaluate both with the same")
     for task in sorted({task for task, _ in a.rows} & {task for task, _ in b.rows}):
         sums = [run.info["tasks"].get(task, {}).get("sha256") for run in (a, b)]
         if sums[0] != sums[1]:

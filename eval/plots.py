@@ -306,3 +306,42 @@ def share_figure(rows: Mapping[str, Mapping[str, float]], *, title: str = "", la
         figure.legend(loc="outside lower center", ncols=len(parts), frameon=False)
 
     return _svg(draw, (8.2, 1.4 + 0.45 * len(rows)))
+
+
+def rate_figure(panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], *, title: str = "", label: str = "") -> str:
+    """Accuracy against a rate, side by side panels that share their axes; a run has one marker in all.
+
+    panels: title -> run -> points (rate, value, low, high) in order of rates; bands are the intervals. Raises ValueError
+    when there is nothing to draw. Returns the SVG as text.
+    """
+    runs = list(dict.fromkeys(run for panel in panels.values() for run in panel))
+    if not runs:
+        raise ValueError("nothing to draw")
+
+    def draw(figure: Figure) -> None:
+        columns = min(2, len(panels))
+        rows = figure.subplots(-(-len(panels) // columns), columns, sharex=True, sharey=True, squeeze=False)
+        for axes, (name, panel) in zip(rows.flat, panels.items()):
+            for run, points in panel.items():
+                marker, colour, filled = _run_style(runs.index(run))
+                rates, value, low, high = zip(*((point[0], *(100 * one for one in point[1:])) for point in points))
+                axes.plot(rates, value, color=colour, marker=marker, markersize=5, linewidth=1.6,
+                          markerfacecolor=colour if filled else "white")
+                axes.fill_between(rates, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.set_title(name)
+            axes.set_ylim(0, 102)
+            axes.grid(axis="y", color="#E5E5E5", linewidth=0.6)
+            axes.set_axisbelow(True)
+        for axes in rows.flat[len(panels):]:
+            axes.set_axis_off()
+        for line in rows:
+            line[0].set_ylabel("accuracy in per cent")
+        for axes in rows[-1]:
+            axes.set_xlabel(label)
+        figure.suptitle(title)
+        styles = [_run_style(number) for number in range(len(runs))]
+        handles = [rows[0][0].plot([], [], marker=marker, color=colour, markersize=5, linewidth=1.6,
+                                   markerfacecolor=colour if filled else "white")[0] for marker, colour, filled in styles]
+        figure.legend(handles, runs, loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
+
+    return _svg(draw, (9.6, 0.9 + 3.0 * -(-len(panels) // 2) + 0.22 * (len(runs) // 4)))

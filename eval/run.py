@@ -105,7 +105,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def parse_corruption(text: str | None, seed: int) -> dict[str, Any] | None:
-    """`text=0.3,image=0.3` to {"text": 0.3, "image": 0.3, "seed": seed}; None where nothing is missing. ValueError says what is wrong."""
+    """`text=0.3,image=0.3` to {"text": 0.3, "image": 0.3, "seed": seed}; None where nothing is missing. ValueError: another form."""
     rates = {"text": 0.0, "image": 0.0}
     given = []
     for word in text.split(",") if text else []:
@@ -115,7 +115,7 @@ def parse_corruption(text: str | None, seed: int) -> dict[str, Any] | None:
         except ValueError:
             rate = math.nan
         if name not in rates or name in given or not 0 <= rate <= 1:
-            raise ValueError(f"--corrupt takes text=RATE,image=RATE, each at most once and with a rate from 0 to 1, not {text!r}")
+            raise ValueError(f"--corrupt takes text=RATE,image=RATE, each once at most, with rates from 0 to 1, not {text!r}")
         given.append(name)
         rates[name] = rate
     return {**rates, "seed": seed} if any(rates.values()) else None

@@ -304,7 +304,7 @@ def attach(base: nn.Module, settings: dict[str, Any]) -> Mender:
     except TypeError as error:
         raise ValueError(f"mender: {str(error).removeprefix('Settings.__init__() ')}") from None
     if checked.width != (width := base.config.text_config.hidden_size):
-        raise ValueError(f"mender: width: {checked.width}, but the model's embeddings have {width}; was it made for another one?")
+        raise ValueError(f"mender: width: {checked.width}, but the model's embeddings have {width}; was it made for another?")
     if hasattr(base, "mender"):
         raise ValueError("mender: the model has one")
     with torch.random.fork_rng(devices=[]):
@@ -348,7 +348,7 @@ def _fill(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple,
             if whole_pixels is not None:
                 whole = _joined(model.get_image_features(whole_pixels, grid).pooler_output)
             if len(whole) != len(pictures):
-                raise ValueError(f"mender: complete pictures of {len(whole)} image tokens for {len(pictures)} in the batch")
+                raise ValueError(f"mender: complete pictures of {len(whole)} image tokens, {len(pictures)} in the batch")
             complete = embed(whole_ids), whole
     added = mender(ids, embeddings, pictures, complete)
     filled = (embeddings[places].unflatten(0, added.shape[:2]) + added).to(embeddings.dtype)

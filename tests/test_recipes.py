@@ -26,7 +26,7 @@ MIXTURES = sorted((ROOT / "recipes" / "mixtures").glob("*.yaml"))
 def workplace(tmp_path_factory) -> Path:
     """A folder where every file that a mixture names exists, filled with twins and pairs about them."""
     place = tmp_path_factory.mktemp("workplace")
-    write(place / "twins", {"train": 48}, seed=1)
+    write(place / "twins", {"train": 48, "val": 12, "test": 12}, seed=1)
     written(place / "twins", pairs_of(place / "twins", 40), "train.pairs.jsonl")
     write(place / "preference", {"train": 48}, seed=1)
     written(place / "preference", pairs_of(place / "preference", 40), "train.jsonl")
@@ -37,6 +37,11 @@ def workplace(tmp_path_factory) -> Path:
             if not folder.exists():
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 folder.symlink_to(place / ("twins" if "problems" in source or file.parent.name == "twins" else "preference"))
+    factors = {f"balance/factor_{side}": factor for side, factor in (("image", 1.5), ("text", 0.5))}
+    for path in RECIPES:
+        if folder := getattr(load_recipe(ROOT / path).balance, "of", None):     # of a run that it follows
+            (place / folder.replace("{seed}", "0")).mkdir(parents=True)
+            (place / folder.replace("{seed}", "0") / "metrics.jsonl").write_text(json.dumps(factors) + "\n")
     return place
 
 
@@ -47,6 +52,8 @@ def test_recipe_trains(path, workplace, monkeypatch, capsys) -> None:
     words = [f"model.name={ROOT / 'assets' / 'tiny'}", "model.dtype=float32", "model.max_pixels=null", "data.workers=0", "steps=3",
              "batch=4", "micro_batch=2", "optim.warmup_steps=0", "save.every=1", "log_every=1", f"run_dir={run_dir}",
              "model.adapter=null"]
+    if getattr(load_recipe(ROOT / path).balance, "probe", None) is not None:
+        words += ["balance.probe.items=4"]
     train.main([str(ROOT / path), *words])
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
@@ -54,7 +61,8 @@ def test_recipe_trains(path, workplace, monkeypatch, capsys) -> None:
     assert (run_dir / "adapter" / "adapter_model.safetensors").stat().st_size > 0
     assert (run_dir / "checkpoints" / "checkpoint-3" / COMPLETE).exists()
     recipe = load_recipe(ROOT / path, words)
-    assert [row["lr_language"] for row in rows][0] == pytest.approx(recipe.optim.lr.language)
+    rate = rows[0]["lr_language" if "lr_language" in rows[0] else "lr_language_text"]
+    assert rate == pytest.approx(recipe.optim.lr.language * rows[0].get("balance/factor_text", 1))
 
 
 @pytest.mark.parametrize("path", MIXTURES, ids=lambda path: path.name)

@@ -34,6 +34,7 @@ class Balanced:
         world = World(seed=self.recipe.seed, model=unwrap(self.model), step=lambda: self.state.global_step,
                       share=1 / args.gradient_accumulation_steps / self.accelerator.num_processes,
                       total=lambda values: self.accelerator.reduce(values.to(args.device), reduction="sum"),
+                      again=lambda: self._again,
                       optimizer=self._bare_optimizer)
         self.balance = method_of(self.recipe, world)
         self.probing: Probing | None = None
@@ -112,7 +113,8 @@ class Balanced:
             views["both"] = self.seen(main, inputs["labels"], at, token)
             learns = self.recipe.balance.views(self.state.global_step)
             for name, batch in branches.items():
-                views[name] = self.seen(self.look_at(model, batch, learns[name], True), batch["labels"], at, token)
+                if learns[name] is not None:
+                    views[name] = self.seen(self.look_at(model, batch, learns[name], True), batch["labels"], at, token)
         return self.balance.loss(views, answers)
 
     def seen(self, found: Answers, labels: Tensor, at: Tensor, token: Tensor) -> Seen:
@@ -136,11 +138,11 @@ class Balanced:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             (folder / STATE).write_text(json.dumps(self.balance.state()), encoding="utf-8")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.balance is not None:
-            path = Path(resume_from_checkpoint) / STATE
-            self.balance.load(json.loads(path.read_text(encoding="utf-8")))
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Here and not where weights are loaded, which for all weights and under DeepSpeed are loaded elsewhere."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.balance is not None:
+            self.balance.load(json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8")))
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:

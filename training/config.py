@@ -220,6 +220,8 @@ class Recipe:
                 raise ValueError(f"balance: {self.balance.method} does not go with a preference: {reason}")
         if self.lora is not None and self.lora.by_token and self.model.adapter is None and not self.trains("language"):
             raise ValueError("lora.by_token: changes nothing while the language tower is frozen")
+        if self.lora is None and self.balance is not None and self.balance.modules() is not None:
+            raise ValueError(f"balance: {self.balance.method} adds modules to the model, which are kept beside an adapter; needs lora")
         if self.model.adapter is not None and self.lora is None:
             raise ValueError("model.adapter: needs lora; null trains all weights")
         if not any(self.trains(tower) for tower in TOWERS):

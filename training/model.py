@@ -13,7 +13,9 @@ from torch import nn
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutput
 
+from data_prep.encode import SLOT_TOKEN, Encoder
 from modeling import adapters
+from modeling.mender import attach, settings_for
 from modeling.token_lora import TokenLoraConfig, connect, has_token_lora, modality_of
 from training.config import TOWERS, Lora, Model, Recipe, RecipeError
 
@@ -74,8 +76,11 @@ def lora_config(lora: Lora, towers: Iterable[str]) -> LoraConfig:
         alpha_pattern={patterns[tower]: alpha[tower] for tower in towers})
 
 
-def prepare(base: Qwen2_5_VLForConditionalGeneration, recipe: Recipe) -> nn.Module:
-    """Make trainable what the recipe trains: LoRA on each tower with a rank, or all parameters when `lora` is null.
+def prepare(base: Qwen2_5_VLForConditionalGeneration, recipe: Recipe, encoder: Encoder | None = None) -> nn.Module:
+    """Make trainable what the recipe trains: LoRA on each tower with a rank, or all parameters when `lora` is null; and what its
+    balance method adds to the model.
+
+    encoder: of the same model. It is told of the slots that such modules fill; needed where there are some.
 
     Raises:
         RecipeError: a tower that the recipe trains ends up without a trained parameter, or one that it freezes with one.
@@ -91,12 +96,39 @@ def prepare(base: Qwen2_5_VLForConditionalGeneration, recipe: Recipe) -> nn.Modu
             connect(model)
     else:
         model = load_adapter(base, recipe.model.adapter, towers, by_token=recipe.lora.by_token)
+    add_modules(unwrap(model), recipe, encoder)
     found = {tower for tower, numbers in count_parameters(model).items() if numbers["trained"]}
     if found != set(towers):
         raise RecipeError(f"{recipe.name}: trains {', '.join(sorted(found))}, but the recipe says {', '.join(towers)}")
     if "vision" not in towers:
         freeze_vision(unwrap(model), merger="merger" in towers)
     return model
+
+
+def add_modules(base: Qwen2_5_VLForConditionalGeneration, recipe: Recipe, encoder: Encoder | None) -> None:
+    """Give the model the modules that the recipe's balance method adds, or train on those that its adapter has; without such a
+    method an adapter's modules stay as they are.
+
+    Raises:
+        RecipeError: the tokenizer has no token for slots, the language tower is frozen, whose pace they follow, or the adapter
+            has others.
+    """
+    balance = recipe.active_balance
+    wanted = None if balance is None else balance.modules()
+    there = getattr(base, "mender", None)
+    if wanted is not None:
+        if not recipe.trains("language"):
+            raise RecipeError(f"balance: the modules of {balance.method} learn at a multiple of the language tower's pace, which is frozen")
+        if encoder.slot_id is None:
+            raise RecipeError(f"balance: the tokenizer has no {SLOT_TOKEN} for the slots that {balance.method} fills")
+        if there is None:
+            settings = settings_for(base.config, slot_id=encoder.slot_id, end_id=encoder.end_id, seed=recipe.seed, **wanted)
+            there = attach(base, settings)
+        elif differing := [key for key, value in wanted.items() if there.settings[key] != value]:
+            raise RecipeError(f"model.adapter: {recipe.model.adapter}: its modules differ from the recipe's in {', '.join(differing)}")
+    if there is not None:
+        there.requires_grad_(wanted is not None)
+        encoder.slots = there.slots
 
 
 def load_adapter(base: Qwen2_5_VLForConditionalGeneration, folder: str, towers: Collection[str], *,

@@ -8,7 +8,7 @@ from data_prep.encode import Encoder
 from data_prep.problem import View
 from training.balance.settings import Probe
 from training.collate import Collator
-from training.config import Loss, Recipe
+from training.config import Loss, Recipe, RecipeError
 from training.mixture import Mixture
 from training.objective import BRANCHES, Objective, Role, WITHOUT_PICTURE
 from training.order import Draw
@@ -41,7 +41,10 @@ class Probing:
 
     def __init__(self, settings: Probe, recipe: Recipe, encoder: Encoder) -> None:
         def needs(view: View) -> tuple[View, ...]:
-            return tuple(shown[view] for shown in BRANCHES.values() if view in WITHOUT_PICTURE)
+            if view not in WITHOUT_PICTURE:
+                raise RecipeError(f"balance: the probe's mixture {settings.mixture} draws the view {view.value}, which has no picture "
+                                  f"side and word side; it may draw {', '.join(one.value for one in WITHOUT_PICTURE)}")
+            return tuple(shown[view] for shown in BRANCHES.values())
 
         self.settings, self.size = settings, recipe.micro_batch
         self.mixture = Mixture(settings.mixture, seed=SEED, draws=settings.items, needs=needs)

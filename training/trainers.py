@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from modeling.adapters import load_mender, save_extras
 from training.balanced import Balanced
 from training.collate import IGNORED, Collator, answer_numbers
 from training.config import Recipe
@@ -82,9 +83,16 @@ class RecipeTrainer(Balanced):
         nothing in common, and continue from the weights it started with."""
         if isinstance(self.model, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if hasattr(unwrap(self.model), "mender"):
+                load_mender(self.model, resume_from_checkpoint)
             return
         saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
         self.model.load_state_dict(saved.state_dict())
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            save_extras(self.accelerator.unwrap_model(self.model), Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     def _alone(self, batch: dict) -> bool:
         """Whether this rank has no picture while others may have some."""
@@ -134,7 +142,7 @@ class RecipeTrainer(Balanced):
 
     def _get_learning_rate(self) -> float:
         """Called between the optimizer's step and the schedule's: the rates that the step was made with."""
-        several = {group["tower"] for group in self.optimizer.param_groups if group["modality"] == "shared"}
+        several = {group["tower"] for group in self.optimizer.param_groups if group.get("modality") == "shared"}
         self._rates = {f"lr_{group['tower']}" + (f"_{group['modality']}" if group["tower"] in several else ""): group["lr"]
                        for group in self.optimizer.param_groups}
         return super()._get_learning_rate()

@@ -18,7 +18,7 @@ from training.balance.shapley import chance_corrected, probability, running_mean
 
 
 class Slow(Method):
-    """The dominant branch by a fixed factor, its gradient or its update: no method, but what modulation amounts to when told."""
+    """The dominant branch by a fixed factor, on its gradient or its update: what modulation could do if it knew."""
 
     def __init__(self, *, factor: float = 0.1, act: str) -> None:
         self.factors, self.act = {**EVEN, "text": factor}, act
@@ -53,7 +53,7 @@ class Unimodal(Method):
 
 
 class Separate(Unimodal):
-    """Each encoder by its own head alone, the joint head on features that it cannot change: what a branch learns undisturbed."""
+    """Each encoder by its own head alone, the joint head on features that it cannot change: branches undisturbed."""
 
     def loss(self, out: Outputs, image: Tensor, text: Tensor, labels: Tensor) -> Tensor:
         joint = self.run.model.joint(torch.cat([out.image, out.text], -1).detach())
@@ -79,7 +79,8 @@ class Miles(Unimodal):
 class Negative(Unimodal):
     """MNL: the unimodal losses and the guidance terms, after a share of the epochs with the cross-entropies alone."""
 
-    def __init__(self, *, lam: float = 0.7, student_ce: bool, reduction: str, warm_up: float = 0.0, detached: bool = False) -> None:
+    def __init__(self, *, lam: float = 0.7, student_ce: bool, reduction: str, warm_up: float = 0.0,
+                 detached: bool = False) -> None:
         super().__init__(detached=detached)
         self.terms, self.warm_up = dict(lam=lam, student_ce=student_ce, reduction=reduction), warm_up
 
@@ -92,7 +93,7 @@ class Negative(Unimodal):
 
 
 class Ogm(Method):
-    """OGM-GE: the branch whose share of the joint logits is ahead is slowed down; with `noise`, the gradient's own is added (GE)."""
+    """OGM-GE: the branch whose share of the joint logits is ahead is slowed down; `noise` adds the gradient's spread (GE)."""
 
     def __init__(self, *, alpha: float, act: str = "gradient", noise: bool = True) -> None:
         self.alpha, self.act, self.noise = alpha, act, noise
@@ -120,14 +121,15 @@ class Ogm(Method):
 class Cggm(Method):
     """CGGM: classifiers on detached features say how fast each branch improves, and that how far it moves and where.
 
-    factor = 1 + strength (rho c - 1), on the gradient or on the update. The direction term compares the part of the joint head that
-    reads a branch with that branch's classifier. decay: of a running mean of the probability of the right class, in place of the
-    batch's accuracy. clip: norm to which all gradients are cut after modulation.
+    factor = 1 + strength (rho c - 1), on the gradient or on the update. The direction term compares the part of the joint head
+    that reads a branch with that branch's classifier. decay: of a running mean of the probability of the right class, in place
+    of the batch's accuracy. clip: norm to which all gradients are cut after modulation.
     """
 
     def __init__(self, *, rho: float = 1.3, lam: float = 0.2, guard: bool = True, direction: str = "analytic",
                  act: str = "gradient", decay: float | None = None, clip: float | None = None, strength: float = 1.0) -> None:
-        self.settings = dict(rho=rho, lam=lam, guard=guard, direction=direction, act=act, decay=decay, clip=clip, strength=strength)
+        self.settings = dict(rho=rho, lam=lam, guard=guard, direction=direction, act=act, decay=decay, clip=clip,
+                             strength=strength)
         self.rho, self.lam, self.guard, self.direction, self.act = rho, lam, guard, direction, act
         self.decay, self.clip, self.strength = decay, clip, strength
 
@@ -182,7 +184,8 @@ class Random(Cggm):
         super().begin(run)
         measured = Cggm(**self.settings)
         train(measured, run.seed, run.task, optimizer=run.kind, lr=run.lr)
-        self.drawn = ogm.shuffled(torch.tensor(measured.table), seed=(run.seed, "shuffled")).tolist()
+        table = torch.tensor(measured.table, dtype=torch.float64)
+        self.drawn = ogm.shuffled(table, seed=(run.seed, "shuffled")).tolist()
 
     def coefficients(self, now: list[float]) -> list[float]:
         self.table.append(self.drawn[len(self.table) % len(self.drawn)])
@@ -190,7 +193,7 @@ class Random(Cggm):
 
 
 class Sharpness(Method):
-    """SAM with a fixed share of the perturbed gradient, or, without one, M-SAM: the larger Shapley share of the batch's accuracy."""
+    """SAM with a fixed share of the perturbed gradient, or, without one, M-SAM: the larger Shapley share of batch accuracy."""
 
     def __init__(self, *, rho: float = 0.05, share: float | None = None) -> None:
         self.rho, self.share = rho, share

@@ -43,17 +43,17 @@ TUNED = "validation"
 METHODS = {
     "plain": Entry("sgd", "joint cross-entropy alone"),
     "plain-long": Entry("sgd", "the same with twice the steps", epochs=2.0),
-    "slow-gradient": Entry("sgd", "text gradients x 0.1: modulation that is told whom to slow", of.Slow, {"act": "gradient"}, "fixed"),
+    "slow-gradient": Entry("sgd", "text gradients x 0.1", of.Slow, {"act": "gradient"}, "fixed"),
     "ogm-ge": Entry("sgd", "OGM-GE", of.Ogm, {"alpha": 0.3}, TUNED),
     "ogm": Entry("sgd", "OGM without the noise", of.Ogm, {"alpha": 0.3, "noise": False}, "as ogm-ge", "ogm-ge"),
     "cggm": Entry("sgd", "CGGM, guarded, analytic direction", of.Cggm, {}, GUARDED, "cggm-random"),
     "cggm-weight": Entry("sgd", "direction between weights, as released", of.Cggm, {"direction": "weight"}, GUARDED, "cggm"),
-    "cggm-stale": Entry("sgd", "direction without a gradient: magnitude alone", of.Cggm, {"direction": "stale"}, GUARDED, "cggm"),
+    "cggm-stale": Entry("sgd", "no direction gradient: magnitude alone", of.Cggm, {"direction": "stale"}, GUARDED, "cggm"),
     "cggm-released": Entry("sgd", "no guard, weights, norm cut to 0.8", of.Cggm,
                            {"guard": False, "direction": "weight", "clip": 0.8}, CGGM, "cggm"),
     "cggm-random": Entry("sgd", "CGGM's coefficients in another order", of.Random, {}, "as cggm"),
-    "sam": Entry("sgd", "SAM, share 1", of.Sharpness, {"rho": 0.05, "share": 1.0}, TUNED, "plain-long"),
-    "msam": Entry("sgd", "M-SAM, share by Shapley per batch", of.Sharpness, {"rho": 0.05}, "as sam", "sam"),
+    "sam": Entry("sgd", "SAM, share 1", of.Sharpness, {"rho": 0.2, "share": 1.0}, TUNED, "plain-long"),
+    "msam": Entry("sgd", "M-SAM, share by Shapley per batch", of.Sharpness, {"rho": 0.2}, "as sam", "sam"),
     "plain-adam": Entry("adam", "joint cross-entropy alone"),
     "plain-long-adam": Entry("adam", "the same with twice the steps", epochs=2.0),
     "slow-gradient-adam": Entry("adam", "text gradients x 0.1, which Adam undoes", of.Slow, {"act": "gradient"}, "fixed"),
@@ -61,7 +61,8 @@ METHODS = {
     "separate": Entry("adam", "each encoder by its own loss alone", of.Separate),
     "unimodal": Entry("adam", "both unimodal losses", of.Unimodal, {}, "weights 1, as MILES and MNL", "separate"),
     "unimodal-image": Entry("adam", "the image's unimodal loss alone", of.Unimodal, {"text": 0.0}, "fixed", "unimodal"),
-    "miles": Entry("adam", "MILES: unimodal losses and learning rates", of.Miles, {"tau": 0.2, "mu": 0.5}, "paper (LUMA)", "unimodal"),
+    "miles": Entry("adam", "MILES: unimodal losses and learning rates", of.Miles, {"tau": 0.2, "mu": 0.5},
+                   "paper (LUMA)", "unimodal"),
     "miles-rates": Entry("adam", "its learning rates alone: unimodal losses train their heads only", of.Miles,
                          {"tau": 0.2, "mu": 0.5, "detached": True}, "paper (LUMA)"),
     "mnl-code": Entry("adam", "MNL as released", of.Negative, {"lam": 0.7, "student_ce": True, "reduction": "elements"},
@@ -70,8 +71,9 @@ METHODS = {
                        {"lam": 0.7, "student_ce": False, "reduction": "batch", "warm_up": 0.2},
                        "paper; lam of the code; length of the first stage fixed here", "unimodal"),
     "mnl-guidance": Entry("adam", "the paper's guidance alone: unimodal losses train their heads only", of.Negative,
-                          {"lam": 0.7, "student_ce": False, "reduction": "batch", "warm_up": 0.2, "detached": True}, "as mnl-paper"),
-    "ogm-update": Entry("adam", "OGM on the update", of.Ogm, {"alpha": 0.3, "act": "update"}, TUNED),
+                          {"lam": 0.7, "student_ce": False, "reduction": "batch", "warm_up": 0.2, "detached": True},
+                          "as mnl-paper"),
+    "ogm-update": Entry("adam", "OGM on the update", of.Ogm, {"alpha": 1.0, "act": "update"}, TUNED),
     "cggm-update": Entry("adam", "CGGM on the update, running mean of p(right)", of.Cggm, {"act": "update", "decay": EMA},
                          f"{GUARDED}; decay fixed here", "cggm-random-update"),
     "cggm-random-update": Entry("adam", "its coefficients in another order", of.Random, {"act": "update", "decay": EMA},
@@ -120,7 +122,8 @@ def tried(what: str, task: Task) -> list[dict[str, Any]]:
         settings = {key: value for key, value in candidate.items() if key != "lr"}
         values = []
         for seed in TUNING_SEEDS:
-            run = train(entry.kind(**{**entry.settings, **settings}), seed, task, optimizer=entry.optimizer, lr=candidate.get("lr"))
+            method = entry.kind(**{**entry.settings, **settings})
+            run = train(method, seed, task, optimizer=entry.optimizer, lr=candidate.get("lr"))
             split = run.data.validation
             with torch.no_grad():
                 values.append(accuracy(run.model(split.image, split.text).joint, split.labels))
@@ -138,7 +141,8 @@ def reference(seed: int, task: Task) -> dict[str, dict[str, float]]:
     """What the numbers stand between: the best rule that there is, and encoders that were never trained."""
     data = draw(seed, task)
     bare = measure(Branches(task, seed), data, seed)
-    return {"best_possible": best_possible(data.test, data.vectors, task), "untrained": {key: bare[key] for key in ("weak", "dominant")}}
+    return {"best_possible": best_possible(data.test, data.vectors, task),
+            "untrained": {key: bare[key] for key in ("weak", "dominant")}}
 
 
 def fingerprint(name: str, task: Task) -> str:
@@ -147,5 +151,5 @@ def fingerprint(name: str, task: Task) -> str:
     folders = (Path(__file__).parent, Path(training.balance.__path__[0]))
     code = [path.read_bytes() for folder in folders for path in sorted(folder.glob("*.py"))
             if path.parent != folders[0] or path.stem in ("task", "training", "methods")]
-    spelled = repr((entry.optimizer, LR, entry.kind.__name__, entry.settings, entry.epochs, asdict(task), torch.__version__, np.__version__))
-    return sha256(b"\0".join([spelled.encode(), *code])).hexdigest()
+    settings = (entry.optimizer, LR, entry.kind.__name__, entry.settings, entry.epochs, asdict(task))
+    return sha256(b"\0".join([repr((*settings, torch.__version__, np.__version__)).encode(), *code])).hexdigest()

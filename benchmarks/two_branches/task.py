@@ -1,9 +1,8 @@
 """A small classification task with a dominant and a weak modality, the late-fusion model for it, and what is measured of it.
 
-Modalities have the names that they have elsewhere: `text` is the dominant one, `image` the weak one. The class shows in the text
-as a direction, which a linear model reads at once, and in the image as an axis of unknown sign, of which a linear model sees
-nothing: the weak branch has to learn that both signs mean the same. In some samples only one of the two carries the class,
-and the other one is noise.
+The class shows in the text as a direction, which a linear model reads at once, and in the image as one of several axes of
+unknown sign, of which a linear model sees nothing: the weak branch has to learn which axes mean the same, whatever the sign. In
+some samples only one of the two carries the class, and the other one is noise.
 """
 
 from dataclasses import dataclass
@@ -155,8 +154,8 @@ def measure(model: Branches, data: Data, seed: int) -> dict[str, float | list[fl
     """What a trained model is worth on the test split.
 
     `joint`: accuracy. `weak`, `dominant`: of a probe on the features of the image's and of the text's encoder. `image_only`,
-    `text_only`: of the joint model where the other modality is replaced by its mean over the training split. `image_share`: of the
-    image in the Shapley values of the joint accuracy. `corrupted`: joint accuracy per rate of `RATES`, both modalities corrupted.
+    `text_only`: of the joint model where the other modality is replaced by its mean over the training split. `image_share`: of
+    the image in the Shapley values of the joint accuracy. `corrupted`: joint accuracy per rate of `RATES`, both corrupted.
     """
     train, test = data.train, data.test
     features, kept = model(train.image, train.text), model(test.image, test.text)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.balance.hook import Method, Metrics, World
+from training.balance.hook import Groups, Method, Metrics, World
 from training.balance.settings import SIDES, UnimodalLosses
 from training.balance.views import Seen
 
@@ -32,31 +32,38 @@ def blend_weights(train: tuple[float, float], held_out: tuple[float, float]) -> 
 
 
 class UnimodalLossesMethod(Method):
-    """Adds the cross-entropies of the branches. In a blend they are weighed anew at every probe from the second one on; until then
-    each counts as much as the joint loss does. The joint loss keeps the weight 1."""
+    """Adds the cross-entropies of the branches. In a blend they are weighed anew at every probe from the third one on, as the
+    first one comes before any training loss; until then each counts as much as the joint loss, which keeps the weight 1."""
 
     settings: UnimodalLosses
 
     def __init__(self, settings: UnimodalLosses, world: World) -> None:
         super().__init__(settings, world)
         self.weights = {side: getattr(settings, side) for side in SIDES}
-        self._train = {branch: [0.0, 0.0] for branch in BRANCHES}       # since the last probe: sum of losses, number of answers
+        self._sums: Tensor | None = None            # of this step on this rank: (branches, 2), sums of losses and numbers of answers
+        self._train = {branch: [0.0, 0.0] for branch in BRANCHES}       # the same since the last probe, over all ranks
         self._last: dict[str, list[float]] | None = None                # at the last probe: [training loss, held-out loss]
 
     def loss(self, views: Mapping[str, Seen], answers: Tensor | float) -> Tensor | None:
         own = {branch: view.own_loss() for branch, view in views.items() if branch in BRANCHES}
+        if not own:
+            return None
         if self.settings.blend is not None:
-            for branch, losses in own.items():
-                self._train[branch][0] += float(losses.detach().sum())
-                self._train[branch][1] += len(losses)
+            sums = torch.stack([torch.stack([losses.sum(), losses.new_tensor(float(len(losses)))])
+                                for losses in (own[branch].detach() for branch in BRANCHES)]).double()
+            self._sums = sums if self._sums is None else self._sums + sums
         return self.strength * sum(self.weights[side] * own[side].sum() for side in SIDES if side in own) / answers
 
+    def before_step(self, groups: Groups) -> None:
+        if self._sums is not None:
+            # At every step, so that a checkpoint, which one rank writes, holds the sums of all.
+            for branch, (total, count) in zip(BRANCHES, self.world.total(self._sums).tolist()):
+                self._train[branch] = [self._train[branch][0] + total, self._train[branch][1] + count]
+            self._sums = None
+
     def on_probe(self, metrics: Metrics) -> None:
-        sums = self.world.total(
-            torch.tensor([one for branch in BRANCHES for one in self._train[branch]], dtype=torch.float64)).tolist()
+        now = {branch: [total / count, metrics[branch]["loss"]] for branch, (total, count) in self._train.items() if count}
         self._train = {branch: [0.0, 0.0] for branch in BRANCHES}
-        now = {branch: [total / count, metrics[branch]["loss"]]
-               for branch, total, count in zip(BRANCHES, sums[::2], sums[1::2]) if count}
         if now and self._last:
             ogr = {branch: blend_weights(*zip(self._last[branch], now[branch])) for branch in BRANCHES}
             for side in SIDES:

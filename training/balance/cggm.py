@@ -156,8 +156,8 @@ class CggmMethod(Modulation):
         if self.settings.direction is None:
             return None
         both = views["both"]
-        rows = (both.tokens >= 0).sum(-1) > 1
-        rows &= both.tokens[:, 0] >= 0              # decided by the first token, where the hidden state was kept
+        # Decided by the first token, where the hidden state was kept. Where all answers are open there is not even a first option.
+        rows = ((both.tokens >= 0).sum(-1) > 1) & (both.tokens[:, :1] >= 0).any(-1)
         if not rows.any():
             return None
         gradients = [_first_token_gradient(views[name], rows) for name in ("both", *SIDES)]

@@ -33,6 +33,7 @@ class World:
     step: Callable[[], int] = lambda: 0             # optimizer steps that are done
     share: float = 1.0                              # of the optimizer step's micro-batches over all ranks that one is
     total: Callable[[Tensor], Tensor] = lambda values: values       # sum over ranks
+    again: Callable[[], bool] = lambda: False       # whether a step's passes are being repeated, which nothing may count twice
     optimizer: Callable[[], torch.optim.Optimizer] | None = None    # without wrappers
 
 
@@ -120,8 +121,8 @@ class Measured(Method):
         """Called with the running mean (on batches) or the newest values (on a probe) of every branch of `branches`."""
 
     def watch(self, views: Mapping[str, Seen]) -> None:
-        """Count a micro-batch in, when all branches are there."""
-        if self.settings.measure == "probe" or not set(self.branches) <= set(views):
+        """Count a micro-batch in, at a step that is measured. (Branches may be there for other reasons at other steps.)"""
+        if self.world.again() or not self.settings.due(self.world.step()):
             return
         values = [views[branch].value(self.settings.metric) for branch in self.branches]
         sums = torch.stack([*(value.sum() for value in values), values[0].new_tensor(float(len(values[0])))]).double()

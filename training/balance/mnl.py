@@ -147,6 +147,8 @@ class MnlMethod(Method):
     settings: Mnl
 
     def loss(self, views: Mapping[str, Seen], answers: Tensor | float) -> Tensor | None:
+        if not views:
+            return None                 # still warming up
         text, image, both = views["text"], views["image"], views["both"]
         loss = both.log_prob.sum() * 0
         if self.world.step() >= self.settings.warmup_steps:

@@ -5,7 +5,7 @@ the drawn view of a problem is `views(step)`: names of unimodal branches and whe
 """
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -18,7 +18,8 @@ Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Metric = Literal["probability", "accuracy"]         # of the right option, less what guessing gives; see training.balance.views
 SIDES = ("image", "text")
-Views = dict[str, bool]                             # name of a branch -> whether a gradient flows through it
+# name of a branch -> whether a gradient flows through it; None: only its batch is needed, nothing of it is seen in every pass
+Views = dict[str, bool | None]
 
 
 @dataclass(config=STRICT, frozen=True)
@@ -39,6 +40,10 @@ class Common:
     def views(self, step: int) -> Views:
         """The branches that are needed at an optimizer step, counted from 0."""
         return {}
+
+    def modules(self) -> dict[str, Any] | None:
+        """Settings of modules that the method adds to the model (modeling.mender); None when it adds none."""
+        return None
 
     def not_for_pairs(self) -> str | None:
         """Why the method cannot be combined with a preference, whose pairs have no unimodal branches; None when it can."""
@@ -156,7 +161,7 @@ class Msam(Measuring):
 
     def views(self, step: int) -> Views:
         measured = dict.fromkeys(("none", *SIDES), False) if self.share == "shapley" and self.due(step) else {}
-        return measured | (dict.fromkeys(SIDES, False) if self.scope == "view" else {})
+        return (dict.fromkeys(SIDES) if self.scope == "view" else {}) | measured
 
     def not_for_pairs(self) -> str | None:
         if self.scope == "view":
@@ -192,6 +197,9 @@ class Lnln(Common):
     weights: LnlnWeights = field(default_factory=LnlnWeights)
     grl_on_proxy: bool = False                  # the gradient is reversed on the proxy, as released, not at the discriminator
     rate: Amount = 10.0                         # learning rate of the new modules, in units of the language tower's
+
+    def modules(self) -> dict[str, Any] | None:
+        return {"mends": self.level == 2, "grl_on_proxy": self.grl_on_proxy} if self.level else None
 
 
 @dataclass(config=STRICT, frozen=True)

@@ -10,7 +10,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from training.balance.shapley import accuracy, chance_corrected, option_log_probs, probability
+from training.balance.shapley import chance_corrected, option_log_probs, probability
 
 
 @dataclass
@@ -46,11 +46,19 @@ class Seen:
 
     def value(self, metric: str) -> Tensor:
         """(answers,) how well the view answers: probability of the right option or accuracy, corrected for chance over the true
-        number of options; of an open answer exp of its mean log-probability. No gradient."""
+        number of options; of an open answer exp of its mean log-probability. No gradient.
+
+        Of equally likely best options each is chosen by its share: in half precision they are not rare, and the right one, being
+        the first, would win all of them.
+        """
         value = self.log_prob.detach().exp()
         if (closed := self.closed).any():
             options = self.options.detach()[closed]
-            found = {"probability": probability, "accuracy": accuracy}[metric](options, options.new_zeros(len(options)).long())
+            if metric == "probability":
+                found = probability(options, options.new_zeros(len(options)).long())
+            else:
+                best = (options == options.amax(-1, keepdim=True)).to(options.dtype)
+                found = best[:, 0] / best.sum(-1)
             value = value.masked_scatter(closed, chance_corrected(found, (options != -torch.inf).sum(-1)).to(value))
         return value
 
