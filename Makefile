@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test setup debias results curve case-study preference
+.PHONY: demo test setup debias results curve case-study preference balance robustness
 
 # The main job on the embedded model: the gap of the base model, after an ordinary recipe and after a vision-centric one.
 # Interrupt it and run it again: everything continues where it was.
@@ -101,6 +101,45 @@ preference: $(SETUP) data/twins/train.pairs.jsonl
 CASE := --tasks twins --limit 600 --views both,vision,text,blind,white,shuffled,conflict,other_facts
 case-%:
 	$(PY) -m eval.run --model assets/tiny --adapter $(DEMO)/$*/adapter $(CASE) --out $(RESULTS)/case/$*
+
+# Balance methods and their controls, on the mix and on full text, three seeds each: about three hours on two cores.
+# random-factors follows the run of cggm, so it comes last.
+BALANCE := plain plain-long miles cggm mnl unimodal-losses msam sam lnln corruption modality-dropout ogm-ge
+each = $(foreach seed,0 1 2,$(1:%=balance-%-on-mix-seed$(seed)) $(1:%=balance-%-on-full-text-seed$(seed)))
+balance: $(SETUP) data/twins/test_new.jsonl
+	$(PY) -m eval.run --model assets/tiny --tasks twins --out $(RESULTS)/base-twins
+	$(MAKE) --no-print-directory -j2 $(call each,$(BALANCE))
+	$(MAKE) --no-print-directory -j2 $(call each,random-factors)
+	$(PY) -m eval.readme --collect results/balance_mix --task twins --control plain plain-long=$(call seeds,plain-long) \
+		$(foreach recipe,$(filter-out plain-long,$(BALANCE)) random-factors,$(recipe)=$(call seeds,$(recipe)))
+	$(PY) -m eval.readme --collect results/balance_full_text --task twins --control plain-full-text \
+		plain-long-full-text=$(call seeds,plain-long-full-text) \
+		$(foreach recipe,$(filter-out plain-long,$(BALANCE)) random-factors,$(recipe)-full-text=$(call seeds,$(recipe)-full-text))
+	$(MAKE) --no-print-directory robustness
+	$(PY) -m benchmarks.balance_cost --out results/balance_mix/cost.json
+
+full_text_options = data.mixture=mixtures/twins_both.yaml name=$(1)-full-text \
+	$(if $(filter random-factors,$(1)),balance.of=runs/demo/cggm-full-text-seed{seed})
+balance-%:
+	$(MAKE) --no-print-directory RECIPE=$(word 1,$(subst -on-, ,$*)) ON=$(word 2,$(subst -on-, ,$(subst -seed, -seed,$*))) \
+		SEED=$(lastword $(subst -seed, ,$*)) balance-run
+balance-run:
+	$(PY) train.py recipes/demo/$(subst -,_,$(RECIPE)).yaml seed=$(SEED) --resume $(if $(filter full-text,$(ON)),$(call full_text_options,$(RECIPE)))
+	$(PY) -m eval.run --model assets/tiny --tasks twins --seed $(SEED) \
+		--adapter $(DEMO)/$(RECIPE)$(if $(filter full-text,$(ON)),-full-text)-seed$(SEED)/adapter \
+		--out $(RESULTS)/$(RECIPE)$(if $(filter full-text,$(ON)),-full-text)-seed$(SEED)
+
+# How accuracy falls when more and more of the words, or of the picture, is missing.
+ROBUST := plain corruption lnln
+adapters = $(subst $(empty) $(empty),$(comma),$(foreach seed,0 1 2,$(DEMO)/$(1)-seed$(seed)/adapter))
+robustness:
+	$(MAKE) --no-print-directory -j2 $(ROBUST:%=robustness-%)
+	$(PY) -m eval.robustness --modality text,image,both --out results/balance_mix/robustness.json \
+		--runs $(foreach recipe,$(ROBUST),$(recipe)=$(RESULTS)/robustness-$(recipe)/answers/$(recipe))
+
+robustness-%:
+	$(PY) -m eval.robustness --model assets/tiny --adapter $*=$(call adapters,$*) --tasks twins --limit 300 \
+		--modality text,image,both --out $(RESULTS)/robustness-$*
 
 # A virtual environment of its own, renewed when requirements.txt changes.
 setup: $(SETUP)

@@ -151,7 +151,7 @@ def train_block(recipe: Recipe, plan: "Plan", steps: Iterable[int]) -> dict[int,
     transformers.set_seed(recipe.seed)
     clock = Timed(steps)
     encoder = load_encoder(recipe.model)        # with empty caches, as a training begins
-    model = prepare(load_base(recipe.model), recipe)
+    model = prepare(load_base(recipe.model), recipe, encoder)
     build_trainer(recipe, plan, encoder, model, arguments_of(recipe), [clock]).train()
     return clock.stamps
 

@@ -2,9 +2,10 @@
 
 Rewrites what stands between `<!-- generated: WHAT -->` and `<!-- end -->` in README.md and recipes/README.md. WHAT is
 `recipes` (a table of the recipes) or a folder of results, such as `results/demo`, with the name of a task behind it
-when another one than --task is meant, or `curve` or `case study` and such a folder (the tables of eval.curve and
-eval.case_study). Draws gap.svg beside every results/*/summary.json and curve.svg beside every curve.json. --check
-writes nothing and exits 1 naming what is out of date.
+when another one than --task is meant, or `curve`, `case study` or `robustness` and such a folder (the tables of those
+commands of eval), or `balance` and the folders of what balance methods were added to (eval.balance_page). Draws gap.svg
+beside every results/*/summary.json, and curve.svg and robustness.svg beside the JSON of that name. --check writes nothing
+and exits 1 naming what is out of date.
 
     python -m eval.readme --collect results/demo --control full-text base=DIR full-text=DIR,DIR,DIR no-text=DIR,DIR,DIR
 
@@ -26,7 +27,7 @@ import yaml
 from tqdm import tqdm
 
 from data_prep.provenance import write_json
-from eval import case_page, curve, gap, plots, stats
+from eval import balance_page, case_page, curve, gap, plots, robustness, stats
 from eval.answers import SETTINGS, AnswersError, Side, check_pair
 from eval.parents import parents, rounded
 from eval.report import CONTROL, pairs_of, parse_runs
@@ -281,11 +282,17 @@ def generate(what: str, root: Path) -> str:
         lines = curve.block(_read(root / what.removeprefix("curve ").strip() / "curve.json"))
     elif what.startswith("case study results/"):
         lines = case_page.block(_read(root / what.removeprefix("case study ").strip() / "case_study.json"))
+    elif what.startswith("robustness results/"):
+        lines = robustness.block(_read(root / what.removeprefix("robustness ").strip() / "robustness.json"))
+    elif what.startswith("balance results/"):
+        folders = what.split()[1:]
+        bases = {Path(folder).name.replace("balance_", "").replace("_", "-"): _read(root / folder / "summary.json") for folder in folders}
+        lines = balance_page.block(_read(root / folders[0] / "cost.json"), bases)
     else:
         folder, _, task = what.partition(" ")
         if not folder.startswith("results/"):
-            raise ReadmeError(f"nothing is generated under the name '{what}'; there are recipes, results/..., "
-                              "curve results/... and case study results/...")
+            raise ReadmeError(f"nothing is generated under the name '{what}'; there are recipes, results/..., curve results/..., "
+                              "case study results/..., robustness results/... and balance results/... results/...")
         summary = _read(root / folder / "summary.json")
         lines = results_block(summary, task.strip() or summary["headline"])
     return "\n".join(["", *lines, "", ""])
@@ -333,6 +340,9 @@ def _figures(root: Path) -> Iterator[tuple[Path, str, Callable[[], str]]]:
     for path in sorted((root / "results").glob("*/curve.json")):
         found = _read(path)
         yield path.with_suffix(".svg"), curve.stamp(found), partial(curve.figure, found)
+    for path in sorted((root / "results").glob("*/robustness.json")):
+        found = _read(path)
+        yield path.with_suffix(".svg"), robustness.stamp(found), partial(robustness.figure, found)
 
 
 def _read(path: Path) -> dict:

@@ -53,9 +53,8 @@ def same(one: dict, two: dict) -> bool:
 def trainer_of(path, overrides=(), **arguments):
     """The trainer as train.py builds it."""
     recipe = load_recipe(path, overrides)
-    return build_trainer(
-        recipe, Plan(recipe), load_encoder(recipe.model), prepare(load_base(recipe.model), recipe), arguments_of(recipe, **arguments)
-    )
+    encoder = load_encoder(recipe.model)
+    return build_trainer(recipe, Plan(recipe), encoder, prepare(load_base(recipe.model), recipe, encoder), arguments_of(recipe, **arguments))
 
 
 def start(path: Path, *arguments: str, command: tuple[str, ...] = ()) -> subprocess.Popen:

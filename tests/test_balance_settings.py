@@ -12,7 +12,7 @@ from training import model as model_module
 from training.balance.methods import METHODS
 from training.balance.settings import (Balance, Cggm, Direction, Lnln, Miles, Mnl, ModalityDropout, Msam, OgmGe, Probe, RandomFactors,
                                        UnimodalLosses)
-from training.config import RecipeError, load_recipe
+from training.config import Loss, RecipeError, load_recipe
 from training.objective import branch_roles, needs
 
 from .pairs_for_tests import pairs_of, written
@@ -84,17 +84,11 @@ def test_the_question_stands_in_the_words_alone_unless_it_is_kept():
 
 
 def test_needs_of_a_drawn_view():
-    assert set(needs(load_loss(), View.both, Mnl())) == {View.vision, View.text, View.blind}
-    assert set(needs(load_loss(), View.vision, Mnl())) == {View.vision, View.blind}
+    assert set(needs(Loss(), View.both, Mnl())) == {View.vision, View.text, View.blind}
+    assert set(needs(Loss(), View.vision, Mnl())) == {View.vision, View.blind}
     for view in set(View) - {View.both, View.vision}:
         with pytest.raises(RecipeError, match=f"balance: the mixture draws the view {view.value}, .* it may draw both, vision"):
-            needs(load_loss(), view, Mnl())
-
-
-def load_loss():
-    from training.config import Loss
-
-    return Loss()
+            needs(Loss(), view, Mnl())
 
 
 # -- what is refused -------------------------------------------------------------------------------

@@ -279,6 +279,11 @@ def test_statistics_by_hand():
     assert found["sam"]["against_plain"]["weak"]["low"] == pytest.approx(0.1005 - reach, abs=1e-6)
     assert found["sam"]["verdict"] == "helps" and found["msam"]["verdict"] == "hurts"
     assert found["msam"]["against_control"]["weak"]["mean"] == pytest.approx(-0.2)
+    assert summary.reading({"methods": found}) == [
+        "- Against plain training, the weak branch. Helps: `sam`. Hurts: `msam`.",
+        "- Against their controls, the weak branch. Hurts: `msam` (`sam`)."]
+    alphabetical = {"methods": dict(sorted(found.items()))}
+    assert list(summary.ordered(alphabetical)) == ["plain", "sam", "msam"]
     one = summary.summarise(made_up({"plain": [0.3], "sam": [0.4]}), REFERENCES, [0], SMALL)["methods"]["sam"]
     assert one["verdict"] == "one seed" and one["measures"]["weak"]["se"] is None
 
@@ -292,6 +297,7 @@ def test_table_and_terminal_hold_the_same():
     found = summary.summarise(made_up({"plain": [0.3, 0.4, 0.5], "sam": [0.4, 0.6, 0.8]}), REFERENCES, [0, 1, 2], SMALL)
     line = next(line for line in summary.block(found).splitlines() if line.startswith("| `sam`"))
     assert "60.0 ± 11.5 | +20.0 [-4.8, +44.8] | not shown | - | 50.0" in line
+    assert "- Against plain training, the weak branch. Not shown: `sam`." in summary.block(found).splitlines()
     console = Console(width=250, record=True, file=open("/dev/null", "w"))
     console.print(summary.terminal(found))
     assert "+20.0 [-4.8, +44.8]" in console.export_text()

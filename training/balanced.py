@@ -29,7 +29,7 @@ class Balanced:
     recipe: Recipe
 
     def set_up_balance(self) -> None:
-        """Raises RecipeError when the method cannot be set up, or its probe cannot be read."""
+        """Raises RecipeError when the method cannot be set up."""
         args = self.args
         world = World(seed=self.recipe.seed, model=unwrap(self.model), step=lambda: self.state.global_step,
                       share=1 / args.gradient_accumulation_steps / self.accelerator.num_processes,
@@ -38,8 +38,8 @@ class Balanced:
                       optimizer=self._bare_optimizer)
         self.balance = method_of(self.recipe, world)
         self.probing: Probing | None = None
-        if self.balance is not None and (settings := getattr(self.recipe.balance, "probe", None)) is not None:
-            self.probing = Probing(settings, self.recipe, self.data_collator.encoder)
+        if (mixture := self.data_collator.plan.probe) is not None:
+            self.probing = Probing(mixture, self.recipe.balance, self.recipe.micro_batch, self.data_collator.encoder)
         self._batches: list[dict] = []          # micro-batches of this optimizer step on this rank
         self._begun = False                     # the step's first pass
         self._noise: dict | None = None         # random states that it began with
@@ -64,7 +64,7 @@ class Balanced:
             return super().training_step(model, inputs, num_items_in_batch)
         if not self._begun:
             self._begun = True
-            if self.probing is not None and self.state.global_step % self.probing.settings.every == 0:
+            if self.probing is not None and self.state.global_step % self.probing.every == 0:
                 self.balance.on_probe(self.probing.ask(self))
             self._noise = _random_states(self.args.device) if self.balance.replays else None
         loss = super().training_step(model, inputs, num_items_in_batch)

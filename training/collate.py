@@ -86,7 +86,8 @@ class Collator:
             return {"branches": {}}
         shown = {name: self._batch([draw._replace(view=role.view_of(draw.view), question=role.question) for draw in draws], objective)
                  for name, role in roles.items()}
-        found = [self._options(prompt) for draw in draws for prompt in self.plan.conversation(draw)[2]]
+        # Options do not depend on the view: asked for without a picture, none is opened.
+        found = [self._options(prompt) for draw in draws for prompt in self.plan.conversation(draw._replace(view=View.blind))[2]]
         table = np.full((len(found), max(map(len, found)), 2), -1)
         for number, options in enumerate(found):
             table[number, : len(options)] = np.reshape(options, (-1, 2))

@@ -10,6 +10,7 @@ from data_prep.images import picture_path, upright_size
 from training.config import Recipe
 from training.memory import GB, resident_gb
 from training.model import count_parameters, unwrap
+from training.objective import branch_roles
 from training.plan import Plan, PlannedStage
 from training.preference import needed
 
@@ -29,11 +30,15 @@ def picture_tokens(plan: Plan, encoder: Encoder, sample: int = 500) -> np.ndarra
 
 def step_tokens(stage: PlannedStage, encoder: Encoder) -> tuple[float, float, float]:
     """Tokens, image tokens and answer tokens that one conversation of a stage keeps for the backward pass: those of the drawn
-    view and of every role that learns, or those of every side of a pair that a term needs."""
+    view and of every role that learns, a balance method's in the step that has the most, or those of every side of a pair that a
+    term needs."""
     if stage.preference is not None:
         rows = [stage.mixture.side_tokens(part, encoder, needed(stage.preference)) for part in stage.mixture.parts]
         return tuple(np.average(rows, axis=0, weights=[part.rate for part in stage.mixture.parts]).tolist())
     learning = [role for role in stage.objective.extra.values() if role.learns]
+    if stage.balance is not None:
+        steps = [branch_roles(stage.balance, step) for step in range(stage.start, stage.end)]
+        learning += max(([role for role in roles.values() if role.learns] for roles in steps), key=len)
     rows = [np.sum([stage.mixture.mean_tokens(part, encoder, view=view)
                     for view in (part.view, *(role.view_of(part.view) for role in learning))], axis=0)
             for part in stage.mixture.parts]

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from data_prep.problem import Prompt
 from data_prep.provenance import write_json
+from training.balance.settings import Balance
 from training.config import Loss, Preference, Recipe, RecipeError
 from training.mixture import Mixture
 from training.objective import Objective, needs
@@ -21,6 +22,7 @@ from training.pair_mixture import PairMixture
 # Seeds of later stages, so far from the numbers of parts and epochs that no two orders are drawn alike. The first stage's order
 # is that of the seed alone.
 STAGE_SEED = 2**20
+PROBE_SEED = 0              # a probe asks the same problems whatever the seed of training
 PLAN_FILE = "plan.json"
 
 
@@ -32,6 +34,7 @@ class PlannedStage(NamedTuple):
     end: int
     batch: int
     preference: Preference | None = None
+    balance: Balance | None = None
 
     @property
     def first(self) -> int:
@@ -52,7 +55,8 @@ class Plan:
 
     Attributes:
         stages: in their order.
-        hashes: SHA-256 of every file that the order depends on.
+        probe: conversations that a balance method asks now and then, if it does.
+        hashes: SHA-256 of every file that the order or the probe depends on.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -69,8 +73,17 @@ class Plan:
                 mixture = Mixture(recipe.stage_mixture(number), needs=partial(needs, loss, balance=recipe.active_balance), **common)
             else:
                 mixture = PairMixture(recipe.stage_mixture(number), preference=recipe.preference, **common)
-            self.stages.append(PlannedStage(number, mixture, loss, start, end, recipe.batch, recipe.preference))
+            self.stages.append(PlannedStage(number, mixture, loss, start, end, recipe.batch, recipe.preference, recipe.active_balance))
             self.hashes |= mixture.hashes
+        self.probe: Mixture | None = None
+        balance = recipe.active_balance
+        if (probe := getattr(balance, "probe", None)) is not None:
+            try:
+                self.probe = Mixture(probe.mixture, seed=PROBE_SEED, draws=probe.items, needs=partial(needs, Loss(), balance=balance),
+                                     skip_bad=recipe.data.skip_bad, cache=cache)
+            except RecipeError as error:
+                raise RecipeError(f"the probe's mixture: {error}") from error
+            self.hashes |= self.probe.hashes
 
     def __len__(self) -> int:
         return self.stages[-1].end * self.batch

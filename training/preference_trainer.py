@@ -1,5 +1,6 @@
 """TRL's DPOTrainer on pairs whose sides differ in their pictures. No term lives here: training.preference puts them together."""
 
+import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -189,6 +190,14 @@ class VisionDPOTrainer(RecipeTrainer, DPOTrainer):
                 return self._look(self.ref_model, batch, None).log_probs.float().sum(1)
             with as_reference(self.accelerator.unwrap_model(self.model)):
                 return self._look(self.model, batch, features).log_probs.float().sum(1)
+
+    def _replay(self, *args, **kwargs) -> None:
+        """Passes that are repeated leave no trace in what is logged and remembered."""
+        sums, metrics, margin = dict(self._sums), copy.deepcopy(self._metrics), self.pace and self.pace.mean
+        super()._replay(*args, **kwargs)
+        self._sums, self._metrics = sums, metrics
+        if self.pace is not None:
+            self.pace.mean = margin
 
     def _count(self, sums: dict[str, tuple[Tensor, Tensor]]) -> None:
         for name, (total, number) in sums.items():

@@ -5,18 +5,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from data_prep.encode import Encoder
-from data_prep.problem import View
-from training.balance.settings import Probe
+from training.balance.settings import Balance
 from training.collate import Collator
-from training.config import Loss, Recipe, RecipeError
+from training.config import Loss
 from training.mixture import Mixture
-from training.objective import BRANCHES, Objective, Role, WITHOUT_PICTURE
+from training.objective import BRANCHES, Objective, Role
 from training.order import Draw
 
 if TYPE_CHECKING:
     from training.balanced import Balanced
 
-SEED = 0                    # of which problems are asked: the same for every seed of training
 METRICS = ("accuracy", "probability", "loss")
 
 
@@ -32,27 +30,18 @@ class Probing:
     """A probe of a run.
 
     Args:
-        settings: the recipe's. Its mixture draws the view that counts as both; branches follow from it.
-        recipe: for the question's place, and the size of a batch.
-
-    Raises:
-        RecipeError: its mixture cannot be read, or draws what has no branches.
+        mixture: its conversations. The view that it draws counts as both; the branches follow from it.
+        balance: the recipe's method, for its probe's pace and the question's place.
+        size: conversations in a forward pass.
     """
 
-    def __init__(self, settings: Probe, recipe: Recipe, encoder: Encoder) -> None:
-        def needs(view: View) -> tuple[View, ...]:
-            if view not in WITHOUT_PICTURE:
-                raise RecipeError(f"balance: the probe's mixture {settings.mixture} draws the view {view.value}, which has no picture "
-                                  f"side and word side; it may draw {', '.join(one.value for one in WITHOUT_PICTURE)}")
-            return tuple(shown[view] for shown in BRANCHES.values())
-
-        self.settings, self.size = settings, recipe.micro_batch
-        self.mixture = Mixture(settings.mixture, seed=SEED, draws=settings.items, needs=needs)
-        self.roles = {name: Role(shown, False, True, question=name == "text" or recipe.balance.question == "kept")
+    def __init__(self, mixture: Mixture, balance: Balance, size: int, encoder: Encoder) -> None:
+        self.mixture, self.every, self.size = mixture, balance.probe.every, size
+        self.roles = {name: Role(shown, False, True, question=name == "text" or balance.question == "kept")
                       for name, shown in BRANCHES.items()}
-        self.roles["both"] = Role({view: view for view in WITHOUT_PICTURE}, False, True)
+        self.roles["both"] = Role({view: view for view in BRANCHES["none"]}, False, True)
         self._objective = Objective(Loss(), ())
-        self._collator = Collator(_Held(self.mixture), encoder)
+        self._collator = Collator(_Held(mixture), encoder)
 
     @torch.no_grad()
     def ask(self, trainer: "Balanced") -> dict[str, dict[str, float]]:

@@ -1,9 +1,9 @@
 """The rows of the comparison: every method with its optimizer, its settings and where they come from."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import asdict
 from hashlib import sha256
-from pathlib import Path
 from statistics import fmean, median
 from time import process_time
 from typing import Any, NamedTuple
@@ -11,14 +11,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-import training.balance
 from benchmarks.two_branches import methods as of
+from benchmarks.two_branches import task as of_task
+from benchmarks.two_branches import training as of_training
 from benchmarks.two_branches.task import Branches, Task, accuracy, best_possible, draw, measure
 from benchmarks.two_branches.training import LR, Method, Training, train
+from training.balance import cggm, lnln, miles, mnl, msam, ogm, shapley
 
 TUNING_SEEDS = (100, 101, 102)      # never reported
 TIMED_EPOCHS = 3
 EMA = 0.95
+# What a row depends on: these modules and functions, wherever the functions stand.
+CODE = (of_task, of_training, of, cggm.coefficients, cggm.direction_loss, cggm.direction_cosines, cggm.cosine, cggm.option_gradient,
+        lnln.generator, lnln.corrupt, lnln.dropped, lnln.replace, lnln.corruption_rate, lnln.total_loss, miles.lr_factors,
+        mnl.negative_learning, mnl.teachers, mnl.guidance, mnl.strongest_wrong, msam.ModalitySAM, msam.perturbation, msam.blend,
+        ogm.coefficients, ogm.with_noise, ogm.modality_dropout, ogm.shuffled, shapley)
 
 
 class Entry(NamedTuple):
@@ -148,8 +155,6 @@ def reference(seed: int, task: Task) -> dict[str, dict[str, float]]:
 def fingerprint(name: str, task: Task) -> str:
     """Of everything that a row depends on: its entry, the task, and the code that trains and measures."""
     entry = METHODS[name]
-    folders = (Path(__file__).parent, Path(training.balance.__path__[0]))
-    code = [path.read_bytes() for folder in folders for path in sorted(folder.glob("*.py"))
-            if path.parent != folders[0] or path.stem in ("task", "training", "methods")]
     settings = (entry.optimizer, LR, entry.kind.__name__, entry.settings, entry.epochs, asdict(task))
-    return sha256(b"\0".join([repr((*settings, torch.__version__, np.__version__)).encode(), *code])).hexdigest()
+    code = [inspect.getsource(one) for one in CODE]
+    return sha256("\0".join([repr((*settings, torch.__version__, np.__version__)), *code]).encode()).hexdigest()

@@ -84,14 +84,19 @@ def summarise(rows: Iterable[Row], references: Sequence[Mapping], seeds: Sequenc
                            for kind in references[0]}}
 
 
-HEADER = ("method", "what it is", "weak branch", "against plain", "verdict", "against its control", "dominant branch", "joint",
+HEADER = ("method", "what it is", "weak branch", "against plain", "verdict", "weak against control", "dominant branch", "joint",
           "against plain", "image's share", "corrupted", "time per step")
+
+
+def ordered(summary: Mapping) -> dict[str, Mapping]:
+    """The methods in the order of the table; JSON has them by name."""
+    return {name: summary["methods"][name] for name in [*METHODS, *summary["methods"]] if name in summary["methods"]}
 
 
 def cells(summary: Mapping) -> list[tuple[str, ...]]:
     """The table's cells: accuracies and differences in points."""
     lines = []
-    for name, one in summary["methods"].items():
+    for name, one in ordered(summary).items():
         measures, plain = one["measures"], one.get("against_plain")
         control = f"{_change(one['against_control']['weak'])} (`{one['control']}`)" if "against_control" in one else "-"
         diverged = f"; {one['diverged']} of {len(summary['seeds'])} diverged" if one["diverged"] else ""
@@ -120,9 +125,11 @@ def sentence(summary: Mapping) -> str:
     """What the table needs to be read."""
     task, lr = summary["task"], summary["lr"]
     bound, bare = (summary["references"][key] for key in ("best_possible", "untrained"))
-    first = {one: next((name for name, row in summary["methods"].items() if row["optimizer"] == one), None) for one in lr}
+    first = {}      # optimizer -> its first row, in the order of the table
+    for name, one in ordered(summary).items():
+        first.setdefault(one["optimizer"], name)
     under = " and ".join(f"from `{name}` on {'SGD (momentum 0.9)' if one == 'sgd' else 'Adam'} with learning rate {lr[one]:g}"
-                         for one, name in first.items() if name)
+                         for one, name in first.items())
     return " ".join((
         f"Accuracies on {task['test']:,} test samples and differences in points, mean ± standard error over",
         f"{len(summary['seeds'])} seeds; in brackets the {100 * summary['level']:.0f} % t interval of differences paired by",
@@ -135,8 +142,23 @@ def sentence(summary: Mapping) -> str:
         f"{summary['rates'][0]:g} to {summary['rates'][-1]:g}. Time: CPU seconds per step over those of plain, in turn."))
 
 
+def reading(summary: Mapping) -> list[str]:
+    """Which intervals of the weak branch lie above 0, below it, or hold it: against plain and against controls."""
+    lines = []
+    for kind, against in (("against_plain", "Against plain training"), ("against_control", "Against their controls")):
+        said: dict[str, list[str]] = {}
+        for name, one in ordered(summary).items():
+            if kind in one:
+                beside = f" (`{one['control']}`)" if kind == "against_control" else ""
+                said.setdefault(verdict(one[kind]["weak"]), []).append(f"`{name}`{beside}")
+        parts = [f"{word}: {', '.join(names)}" for word, names in sorted(said.items())]
+        lines += [f"- {against}, the weak branch. {'. '.join(part[0].upper() + part[1:] for part in parts)}."] if parts else []
+    return lines
+
+
 def block(summary: Mapping) -> str:
-    return "\n".join(["", *table_lines(HEADER, cells(summary)), "", sentence(summary), "", ""])
+    dirty = ["", "Made from a working tree with uncommitted changes."] if summary.get("dirty") else []
+    return "\n".join(["", *table_lines(HEADER, cells(summary)), "", sentence(summary), "", *reading(summary), *dirty, "", ""])
 
 
 def rewritten(document: Path, summary: Mapping) -> tuple[str, bool]:
@@ -175,7 +197,7 @@ def _drawn(summary: Mapping) -> list[tuple[str, dict]]:
     panels = []
     for label, measure in (("weak branch, points", "weak"), ("dominant, points", "dominant"), ("joint, points", "joint")):
         series: dict[str, dict[str, tuple[float, float, float]]] = {}
-        for name, one in summary["methods"].items():
+        for name, one in ordered(summary).items():
             if "against_plain" in one:
                 change = one["against_plain"][measure]
                 point = tuple(math.nan if change[key] is None else change[key] for key in ("mean", "low", "high"))

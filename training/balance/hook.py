@@ -121,8 +121,8 @@ class Measured(Method):
         """Called with the running mean (on batches) or the newest values (on a probe) of every branch of `branches`."""
 
     def watch(self, views: Mapping[str, Seen]) -> None:
-        """Count a micro-batch in, at a step that is measured. (Branches may be there for other reasons at other steps.)"""
-        if self.world.again() or not self.settings.due(self.world.step()):
+        """Count a micro-batch in, when the step is one that is measured. (Branches may be there for other reasons, too.)"""
+        if self.world.again() or not self.settings.due(self.world.step()) or not set(self.branches) <= set(views):
             return
         values = [views[branch].value(self.settings.metric) for branch in self.branches]
         sums = torch.stack([*(value.sum() for value in values), values[0].new_tensor(float(len(values[0])))]).double()
