@@ -2,8 +2,8 @@
 
     python -m data_prep.problem check FILE [--skip-bad]
 
-What a problem is stands in data_prep.rows, files are in data_prep.read, pixels in data_prep.images; their names are
-importable from here.
+What a problem is stands in data_prep.rows, files are in data_prep.read, pixels in data_prep.images, what a prompt is in
+data_prep.prompt; their names are importable from here.
 """
 
 import argparse
@@ -11,10 +11,9 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from PIL import Image
 from rich.table import Table
@@ -22,6 +21,7 @@ from rich.table import Table
 from data_prep import images
 from data_prep.images import MAX_PIXELS, ProblemError
 from data_prep.libraries import console
+from data_prep.prompt import Corruption, Prompt, Words, cut, stripped, with_facts
 from data_prep.read import LETTERS, MARKER, Problem, as_tuple, named, read_problems, write_problems
 
 __all__ = [
@@ -56,45 +56,6 @@ OPEN_TAIL = "Answer briefly."
 RATIONALE_TAIL = "Say first what leads to it, then the answer after 'Answer:'."
 RENDERED_TEXT = "Answer the question in the picture."
 T = TypeVar("T")
-
-
-class Words(str):
-    """Text that knows which of its characters are facts or question: what may be missing while the task stays the same.
-
-    It equals the plain text, prints and serialises as it, so a message is the same with it. Whatever is made of it by string
-    methods, or read back from a file, is plain and knows nothing.
-    """
-
-    open: tuple[tuple[int, int], ...]  # (start, end) of characters
-
-    def __new__(cls, text: str, ranges: Sequence[tuple[int, int]] = ()) -> "Words":
-        made = super().__new__(cls, text)
-        made.open = tuple(ranges)
-        return made
-
-    def __getnewargs__(self) -> tuple:
-        return str(self), self.open
-
-
-class Corruption(NamedTuple):
-    """What of a prompt is missing when a model is shown it; see data_prep.corrupt."""
-
-    text: float  # rates
-    image: float
-    seed: tuple  # of this prompt
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What a model is shown, and what a right answer says."""
-
-    messages: list[dict]  # one user turn; its last part is text (Words), its {"type": "image"} parts stand before and between
-    images: tuple[Image.Image, ...]  # RGB, in the order of the image parts
-    answer: str  # the option's letter, the option's text, or the open answer
-    choices: tuple[str, ...] | None  # what may be said, in the order shown; None: open
-    options: tuple[str, ...] | None  # option texts in the order shown
-    target: str  # what training teaches to say: the answer, or the way to it and then the answer
-    corruption: Corruption | None = None
 
 
 def load_images(problem: Problem) -> tuple[Image.Image, ...]:
@@ -228,7 +189,7 @@ def render(
         if stem is not None:
             lines.append(listed)
     lines.append(f"{tail} {RATIONALE_TAIL}" if rationale else tail)
-    text = _stripped("\n".join(lines), [(0, len(stem))] if question and stem is not None else [])
+    text = stripped("\n".join(lines), [(0, len(stem))] if question and stem is not None else [])
     drawn = str(text) if view is View.rendered and stem is not None else None
     try:
         pictures = _pictures(problem, view, other, drawn)
@@ -238,30 +199,11 @@ def render(
         text = Words(RENDERED_TEXT)
     elif view in SHOWS_FACTS and "question" not in published:
         facts = other.facts if view in OTHERS_FACTS else problem.facts
-        text = text if facts is None else _with_facts(facts, text)
+        text = text if facts is None else with_facts(facts, text)
     content, order = _content(text, len(pictures))
     target = f"{problem.meta['rationale']} Answer: {answer}" if rationale else answer
     messages = [{"role": "user", "content": content}]
     return Prompt(messages, tuple(pictures[number - 1] for number in order), answer, choices, options, target)
-
-
-def _stripped(text: str, ranges: Sequence[tuple[int, int]]) -> Words:
-    """The text without white space at its ends; ranges: what is open of it."""
-    start = len(text) - len(text.lstrip())
-    return _cut(Words(text, ranges), start, max(start, len(text.rstrip())))
-
-
-def _with_facts(facts: str, text: Words) -> Words:
-    # The space before the facts counts as theirs: tokenizers make one token of it and the first word.
-    label, before = "Facts:", f"Facts: {facts}\n"
-    ranges = [(len(label), len(before) - 1), *((start + len(before), end + len(before)) for start, end in text.open)]
-    return _stripped(before + text, ranges)
-
-
-def _cut(text: Words, start: int, end: int) -> Words:
-    """text[start:end] with what is open of it."""
-    ranges = [(max(a, start) - start, min(b, end) - start) for a, b in text.open if max(a, start) < min(b, end)]
-    return Words(text[start:end], ranges)
 
 
 def _content(text: Words, count: int) -> tuple[list[dict], list[int]]:
@@ -273,11 +215,11 @@ def _content(text: Words, count: int) -> tuple[list[dict], list[int]]:
     order = [number for number in range(1, count + 1) if number not in places]
     parts, end = [{"type": "image"} for _ in order], 0
     for marker in places.values():
-        if before := _cut(text, end, marker.start()):
+        if before := cut(text, end, marker.start()):
             parts.append({"type": "text", "text": before})
         parts.append({"type": "image"})
         end = marker.end()
-    return [*parts, {"type": "text", "text": _cut(text, end, len(text))}], [*order, *places]
+    return [*parts, {"type": "text", "text": cut(text, end, len(text))}], [*order, *places]
 
 
 def _pictures(problem: Problem, view: View, other: Problem | None, drawn: str | None) -> tuple[Image.Image, ...]:

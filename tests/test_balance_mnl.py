@@ -162,3 +162,29 @@ def test_errors():
     exists[3, 3] = False
     with pytest.raises(ValueError, match="row 3 of the batch is labelled with option 3, which it does not have"):
         negative_learning(text, image, fused, LABELS, exists=exists)
+
+
+def test_guidance_over_all_options_lowers_the_right_one_and_among_the_wrong_does_not():
+    teacher, student = torch.tensor([[0.2, 1.0, -0.5]], dtype=torch.float64), torch.tensor([[0.6, -0.3, 0.1]], dtype=torch.float64)
+    labels, guided, options = torch.tensor([0]), torch.tensor([True]), dict(lam=0.7, student_ce=False, reduction="batch")
+    p, q = teacher.softmax(-1)[0], student.softmax(-1)[0]
+    found = {}
+    for among in ("all", "wrong"):
+        logits = student.clone().requires_grad_(True)
+        loss = guidance(teacher, logits, labels, guided, among=among, **options)
+        loss.backward()
+        found[among] = loss.item(), logits.grad[0]
+    assert found["all"][1][0].item() == pytest.approx(0.7 * (1 - p[0].item()) * q[0].item()), "descent lowers the right logit"
+    alone = q[1:] / q[1:].sum()
+    assert found["wrong"][0] == pytest.approx(-0.7 * (p[1:] * alone.log()).sum().item())
+    assert found["wrong"][1][0] == 0
+    assert torch.allclose(found["wrong"][1][1:], 0.7 * (p[1:].sum() * alone - p[1:]))
+
+
+def test_one_wrong_option_leaves_nothing_to_be_guided_among():
+    teacher, student = torch.tensor([[0.2, 1.0]]), torch.tensor([[0.6, -0.3]], requires_grad=True)
+    loss = guidance(teacher, student, torch.tensor([0]), torch.tensor([True]), student_ce=False, among="wrong")
+    loss.backward()
+    assert loss == 0 and not student.grad.any()
+    with pytest.raises(ValueError, match="no such options to guide among: some"):
+        guidance(teacher, student, torch.tensor([0]), torch.tensor([True]), among="some")

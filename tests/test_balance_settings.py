@@ -139,7 +139,7 @@ def test_a_probe_whose_views_have_no_sides(recipe_file, probe, tmp_path):
     file = tmp_path / "probe.yaml"
     file.write_text(file.read_text().replace("both", "text"))
     path = recipe_file(views={"both": 1.0}, balance={"method": "miles", "probe": probe})
-    with pytest.raises(RecipeError, match="the probe's mixture .*probe.yaml draws the view text, .* it may draw both, vision"):
+    with pytest.raises(RecipeError, match="the probe's mixture: balance: the mixture draws the view text, .* it may draw both, vision"):
         trainer_of(path)
 
 

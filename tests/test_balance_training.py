@@ -20,10 +20,7 @@ from training.balance.mnl import MnlMethod
 from training.balance.ogm import Dropping
 from training.balance.settings import SIDES, Cggm, Corruption, Direction, Lnln, Mnl, ModalityDropout
 from training.balance.views import Seen
-from training.losses import weighted_nll
 from training.model import tower_of
-from training.objective import Objective, branch_roles
-from training.config import Loss
 
 from .running import ROOT, same, trainer_of
 from .test_balance_settings import KINDS, probe  # noqa: F401  a fixture
@@ -134,7 +131,7 @@ NEUTRAL = {
     "msam rho, measured": ({"method": "msam", "rho": 0.0, "every": 1}, False),
     "mnl lam": ({"method": "mnl", "lam": 0.0}, False),
     "ogm_ge": ({"method": "ogm_ge", "alpha": 0.0, "noise": False, "every": 1}, False),
-    "cggm direction": ({"method": "cggm", "rho": 0.0, "direction": {"lam": 0.0}, "measure": "probe", "probe": "PROBE"}, False),
+    "cggm direction": ({"method": "cggm", "rho": 1.0, "direction": {"lam": 0.0}, "measure": "probe", "probe": "PROBE"}, False),
 }
 
 
@@ -146,9 +143,7 @@ def test_neutral_values_change_nothing(recipe_file, plain, probe, tmp_path, monk
                for key, value in section.items()}
     if section["method"] in ("miles", "ogm_ge", "cggm"):
         scripted(monkeypatch, {0: TEXT_LEADS, 2: IMAGE_LEADS})
-    if section["method"] == "cggm":
-        # From the second measurement on nothing has improved, so that all coefficients are 1; rho comes back as 1 after the first.
-        section["rho"] = 1.0
+    if section["method"] == "cggm":         # nothing has improved since the beginning: coefficients of 1
         scripted(monkeypatch, {0: dict.fromkeys(EVEN, 0.0), 2: dict.fromkeys(EVEN, 0.0)})
     found = trained(recipe_file(views=SIDED, steps=3, balance=section))
     assert found.trainer.balance is not None
@@ -238,13 +233,15 @@ def test_a_probe_finds_what_an_evaluation_finds(recipe_file, probe):
 # -- M-SAM -----------------------------------------------------------------------------------------
 
 
-def loss_by_hand(trainer, draws, weight_of=None):
-    """Cross-entropy of the draws over all their trained tokens, through the stock forward pass."""
+SHOWN = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
+
+
+def loss_by_hand(trainer, batches):
+    """Cross-entropy over all their trained tokens, through the stock forward pass."""
     total, count = 0.0, 0
-    for batch in draws:
+    for batch in batches:
         labels = batch["labels"][:, 1:]
-        logits = trainer.model(**{key: batch[key] for key in batch if key in
-                                  ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")}).logits[:, :-1]
+        logits = trainer.model(**{key: batch[key] for key in SHOWN if key in batch}).logits[:, :-1]
         total = total + torch.nn.functional.cross_entropy(logits[labels != -100], labels[labels != -100], reduction="sum")
         count += int((labels != -100).sum())
     return total / count
@@ -300,8 +297,8 @@ def test_share_1_is_a_step_of_sam_by_hand(recipe_file):
 @pytest.mark.parametrize("share", (1.0, "shapley"))
 def test_msam_does_not_depend_on_the_micro_batch(recipe_file, share):
     section = {"method": "msam", "share": share, "every": 1}
-    path = recipe_file(views=SIDED, batch=8, micro_batch=8, steps=2, balance=section)
-    whole, cut = trained(path), trained(path, "micro_batch=2")
+    path = recipe_file(views=SIDED, batch=4, micro_batch=4, steps=2, balance=section)
+    whole, cut = trained(path), trained(path, "micro_batch=1")
     assert close(cut.gradients[0], whole.gradients[0])
     moved = torch.cat([(whole.weights[name] - cut.weights[name]).abs().flatten() for name in whole.weights])
     assert moved.median() < 1e-6 and moved.mean() < 2e-5
@@ -501,14 +498,13 @@ def test_only_an_analytic_direction_teaches(recipe_file):
         assert norm_of({name: analytic[1][name] - none[1][name] for name in names}) > 1e-4
 
 
-def test_the_analytic_gradient_is_autograds(recipe_file, twins):
+def test_the_analytic_gradient_is_autograds(recipe_file):
     """Of the cross-entropy over the options, for the output layer's rows of their tokens; other rows have none."""
     path = recipe_file(model={"name": str(ROOT / "assets" / "tiny")}, views={"both": 1.0}, batch=4, micro_batch=4, balance={"method": "mnl"})
     trainer = seeded(path)
     batch = trainer.data_collator([{"draw": n} for n in range(4)])
     head = trainer.model.get_base_model().lm_head.weight
-    found = trainer.look_at(trainer.model, {key: batch[key] for key in (
-        "input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw", "labels", "loss_weight")}, True, True)
+    found = trainer.look_at(trainer.model, {key: batch[key] for key in (*SHOWN, "labels")}, True, True)
     seen = trainer.seen(found, batch["labels"], batch["at"], batch["token"])
     rows = seen.closed
     assert rows.all() and len({int(n) for n in (seen.tokens >= 0).sum(-1)}) > 1
@@ -606,7 +602,7 @@ RESUMED = {
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_ends_where_a_straight_one_does(recipe_file, probe, tmp_path, monkeypatch, name):
-    """Six steps with a checkpoint after the third, between two measurements; dropout and a schedule."""
+    """Five steps with a checkpoint after the third, between two measurements; dropout and a schedule."""
     factors = [{"balance/factor_image": 1 - n / 8, "balance/factor_text": 1 + n / 8} for n in range(6)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in factors))
     places = {"PROBE": probe, "FACTORS": str(tmp_path)}
@@ -614,13 +610,13 @@ def test_a_resumed_run_ends_where_a_straight_one_does(recipe_file, probe, tmp_pa
     if name == "miles":
         scripted(monkeypatch, {0: IMAGE_LEADS, 2: TEXT_LEADS, 4: EVEN})
     changes = {"lora": None} if "all weights" in name else {"lora": {"dropout": 0.1}}
-    path = recipe_file(views=SIDED, steps=6, batch=2, micro_batch=1, save={"every": 3}, optim={"schedule": "cosine"}, balance=section, **changes)
+    path = recipe_file(views=SIDED, steps=5, batch=2, micro_batch=1, save={"every": 3}, optim={"schedule": "cosine"}, balance=section, **changes)
     straight = trained(path)
     state = straight.trainer.balance.state()
     torch.manual_seed(77)
     resumed = train(trainer_of(path), resume_from_checkpoint=str(straight.trainer.args.output_dir) + "/checkpoint-3")
     assert same(resumed.weights, straight.weights)
-    assert len(resumed.gradients) == 3 and resumed.rows == straight.rows
+    assert len(resumed.gradients) == 2 and resumed.rows == straight.rows
     assert resumed.trainer.balance.state() == state
     shown = [{key: value for key, value in row.items() if key.startswith("balance/")} for row in straight.rows]
     assert all(shown) and any(one != shown[0] for one in shown[1:]), "the method did the same at every step"
@@ -632,24 +628,23 @@ def test_a_resumed_run_ends_where_a_straight_one_does(recipe_file, probe, tmp_pa
 @pytest.mark.parametrize("section", ({"method": "miles", "probe": "PROBE"}, {"method": "msam", "share": 1.0}), ids=("miles", "msam"))
 def test_with_a_preference(pair_file, probe, monkeypatch, section):
     section = {key: probe if value == "PROBE" else value for key, value in section.items()}
-    plain = trained(pair_file({}, steps=2))
+    plain = trained(pair_file({}, steps=1))
     if section["method"] == "miles":
-        asking = seeded(pair_file({}, steps=2, balance=section))
+        asking = seeded(pair_file({}, steps=1, balance=section))
         told = asking.probing.ask(asking)
         assert set(told) == {"both", "image", "text", "none"} and len({values["loss"] for values in told.values()}) == 4
         scripted(monkeypatch, {0: TEXT_LEADS})
-    found = trained(pair_file({}, steps=2, balance=section))
+    found = trained(pair_file({}, steps=1, balance=section))
     moved = torch.cat([(found.weights[name] - plain.weights[name]).abs().flatten() for name in plain.weights])
     assert moved.mean() > 1e-5
     assert found.rows[0]["loss"] == plain.rows[0]["loss"]
     if section["method"] == "miles":
-        assert [row["lr_language"] for row in found.rows] == [5e-4] * 2 and found.rows[0]["lr_vision"] == 1e-3
+        assert found.rows[0]["lr_language"] == 5e-4 and found.rows[0]["lr_vision"] == 1e-3
         assert same(found.gradients[0], plain.gradients[0])
     else:
         assert not close(found.gradients[0], plain.gradients[0], rel=1e-3)
 
 
-@pytest.mark.xfail(strict=True, reason="VisionDPOTrainer counts, and moves its running means, in repeated passes too")
 def test_a_repeated_pass_over_pairs_is_counted_nowhere(pair_file):
     preference = {"conditional": 1.0, "noise_aware": {"weight": 0.5}}
     path = pair_file(preference, steps=1, balance={"method": "msam", "share": 1.0, "rho": 0.5})
@@ -657,3 +652,12 @@ def test_a_repeated_pass_over_pairs_is_counted_nowhere(pair_file):
     keys = set(plain.rows[0]) - {"grad_norm"}
     assert {key: found.rows[0][key] for key in keys} == {key: plain.rows[0][key] for key in keys}
     assert found.trainer.pace.mean == plain.trainer.pace.mean
+
+
+def test_a_repeated_pass_over_pairs_has_the_same_loss(pair_file):
+    """What the terms remember stands where it stood before the first pass: unperturbed, the second gives the same gradient."""
+    preference = {"answer": {}, "noise_aware": {"weight": 1.0, "memory": 0.2}}
+    path = pair_file(preference, steps=2, batch=4, micro_batch=1, balance={"method": "msam", "share": 1.0, "rho": 1e-9})
+    found, plain = trained(path), trained(path, "balance.strength=0.0")
+    for one, two in zip(found.gradients, plain.gradients, strict=True):
+        assert close(one, two, rel=1e-3)

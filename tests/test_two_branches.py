@@ -17,7 +17,7 @@ from benchmarks.two_branches.training import Diverged, Method, Training, train
 
 from .test_recipes import ROOT
 
-SMALL = Task(train=96, validation=48, test=64, batch=32, epochs=2, width=24)
+SMALL = Task(train=96, validation=48, test=64, batch=32, epochs=2, width=24, hidden=16, features=8)
 
 
 @pytest.fixture(autouse=True)

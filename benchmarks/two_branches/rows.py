@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from hashlib import sha256
 from statistics import fmean, median
 from time import process_time
@@ -22,10 +23,10 @@ TUNING_SEEDS = (100, 101, 102)      # never reported
 TIMED_EPOCHS = 3
 EMA = 0.95
 # What a row depends on: these modules and functions, wherever the functions stand.
-CODE = (of_task, of_training, of, cggm.coefficients, cggm.direction_loss, cggm.direction_cosines, cggm.cosine, cggm.option_gradient,
-        lnln.generator, lnln.corrupt, lnln.dropped, lnln.replace, lnln.corruption_rate, lnln.total_loss, miles.lr_factors,
-        mnl.negative_learning, mnl.teachers, mnl.guidance, mnl.strongest_wrong, msam.ModalitySAM, msam.perturbation, msam.blend,
-        ogm.coefficients, ogm.with_noise, ogm.modality_dropout, ogm.shuffled, shapley)
+CODE = (of_task, of_training, of, cggm.coefficients, cggm.direction_loss, cggm.direction_cosines, cggm.cosine,
+        cggm.option_gradient, lnln.generator, lnln.corrupt, lnln.dropped, lnln.replace, lnln.corruption_rate, lnln.total_loss,
+        miles.lr_factors, mnl.negative_learning, mnl.teachers, mnl.guidance, mnl.strongest_wrong, msam.ModalitySAM,
+        msam.perturbation, msam.blend, ogm.coefficients, ogm.with_noise, ogm.modality_dropout, ogm.shuffled, shapley)
 
 
 class Entry(NamedTuple):
@@ -156,5 +157,9 @@ def fingerprint(name: str, task: Task) -> str:
     """Of everything that a row depends on: its entry, the task, and the code that trains and measures."""
     entry = METHODS[name]
     settings = (entry.optimizer, LR, entry.kind.__name__, entry.settings, entry.epochs, asdict(task))
-    code = [inspect.getsource(one) for one in CODE]
-    return sha256("\0".join([repr((*settings, torch.__version__, np.__version__)), *code]).encode()).hexdigest()
+    return sha256("\0".join([repr((*settings, torch.__version__, np.__version__)), *_sources()]).encode()).hexdigest()
+
+
+@cache
+def _sources() -> list[str]:
+    return [inspect.getsource(one) for one in CODE]

@@ -16,7 +16,7 @@ from training.balance.views import Seen
 
 
 def negative_learning(text_logits: Tensor, image_logits: Tensor, fused_logits: Tensor, labels: Tensor, *, lam: float = 0.7,
-                      student_ce: bool = True, reduction: str = "elements", exists: Tensor | None = None,
+                      student_ce: bool = True, reduction: str = "elements", among: str = "all", exists: Tensor | None = None,
                       rows: Tensor | float | None = None) -> Tensor:
     """Both guidance terms, text to image and image to text: `guidance` on the rows that `teachers` gives to each.
 
@@ -29,6 +29,9 @@ def negative_learning(text_logits: Tensor, image_logits: Tensor, fused_logits: T
         student_ce: the released code's additional positive cross-entropy of the student, which the paper does not have.
         reduction: "elements", as released: divided by rows * options, so that lam counts only lam / options; "batch", as in
             the paper: divided by rows. Rows without a teacher count too.
+        among: "all", as in paper and code: the student's probabilities are those over all options. Each term then also lowers the
+            right option's logit, by lam (1 - p_teacher(right)) p_student(right) in all, which a cross-entropy beside it has to
+            make good. "wrong", ours: they are those over the wrong options, and the right one's logit gets no gradient.
         exists: (rows, options) bool, options that a row has; None: those whose fused logit is not -inf. "elements" divides each
             row by its own number of options.
         rows: what to divide by in place of the rows given here: those of the whole optimizer step, over micro-batches and
@@ -38,11 +41,11 @@ def negative_learning(text_logits: Tensor, image_logits: Tensor, fused_logits: T
         Scalar; 0 with gradients of 0 where no row has a teacher, or there are no rows.
 
     Raises:
-        ValueError: unknown reduction, shapes that do not fit, or a label at an option that does not exist.
+        ValueError: unknown reduction or among, shapes that do not fit, or a label at an option that does not exist.
     """
     exists = existing(fused_logits, exists)
     by_text, by_image = teachers(text_logits, image_logits, fused_logits, labels, exists=exists)
-    options = dict(lam=lam, student_ce=student_ce, reduction=reduction, exists=exists, rows=rows)
+    options = dict(lam=lam, student_ce=student_ce, reduction=reduction, among=among, exists=exists, rows=rows)
     return (guidance(text_logits, image_logits, labels, by_text, **options)
             + guidance(image_logits, text_logits, labels, by_image, **options))
 
@@ -84,7 +87,7 @@ def strongest_wrong(logits: Tensor, labels: Tensor, exists: Tensor | None = None
 
 
 def guidance(teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, guided: Tensor, *, lam: float = 0.7,
-             student_ce: bool = True, reduction: str = "elements", exists: Tensor | None = None,
+             student_ce: bool = True, reduction: str = "elements", among: str = "all", exists: Tensor | None = None,
              rows: Tensor | float | None = None) -> Tensor:
     """One direction: - sum over wrong options c of lam sg(p_teacher(c)) ln p_student(c), over the guided rows.
 
@@ -100,11 +103,18 @@ def guidance(teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, gui
     """
     if reduction not in ("elements", "batch"):
         raise ValueError(f"no such reduction: {reduction}; there are elements and batch")
+    if among not in ("all", "wrong"):
+        raise ValueError(f"no such options to guide among: {among}; there are all and wrong")
     exists = existing(student_logits, exists)
     right = _right(labels, exists)
     teacher = option_log_probs(teacher_logits.detach(), exists).exp()
     # What does not exist is -inf there, and must not come back as 0 * inf.
     student = option_log_probs(student_logits, exists).masked_fill(~exists, 0.0)
+    if among == "wrong":
+        others = exists & ~right
+        able = others.any(-1, keepdim=True)         # a row without wrong options has nothing to be guided among
+        alone = option_log_probs(student_logits, torch.where(able, others, exists)).masked_fill(~(others & able), 0.0)
+        student = torch.where(right, student, alone)
     weight = torch.where(right, float(student_ce), lam * teacher) * guided.to(teacher.dtype)[:, None]
     each = -(weight * student).sum(-1)
     if reduction == "elements":
@@ -162,7 +172,7 @@ class MnlMethod(Method):
                 if len(table[0]):
                     labels = table[0].new_zeros(len(table[0])).long()
                     loss = loss + negative_learning(*table, labels, lam=self.settings.lam, student_ce=self.settings.student_ce,
-                                                    reduction=self.settings.reduction, rows=answers)
+                                                    reduction=self.settings.reduction, among=self.settings.options, rows=answers)
                     for side, rows in zip(("text", "image"), teachers(*table, labels)):
                         taught[side] += int(rows.sum())
             self.shown |= {f"taught_by_{side}": count / max(len(closed), 1) for side, count in taught.items()}

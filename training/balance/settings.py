@@ -120,12 +120,14 @@ class Mnl(Common):
     """MNL: the surer modality tells the other what the answer is not; see training.balance.mnl.
 
     profile: question_answering, where an answer without the picture is mostly prior and one without the question a guess, has no
-    cross-entropy of the branches; either_side, where each is a fair predictor, has those of the paper. The next two keys decide
-    it one by one.
+    cross-entropy of the branches, and guides among the wrong options alone, because guidance over all of them lowers the right one,
+    and nothing would raise it again; either_side, where each is a fair predictor, has both as in the paper. The next two keys
+    decide it one by one.
     """
     method: Literal["mnl"] = "mnl"
     profile: Literal["question_answering", "either_side"] = "question_answering"
     unimodal_ce: Amount | None = None           # null: 0 or 1, as the profile says
+    among: Literal["all", "wrong"] | None = None    # null: wrong or all, as the profile says
     student_ce: bool = False                    # the released code's additional positive term
     lam: Amount = 0.7
     reduction: Literal["elements", "batch"] = "elements"    # as released: lam counts lam / options; batch: as in the paper
@@ -136,6 +138,11 @@ class Mnl(Common):
     def own(self) -> float:
         """Weight of the branches' cross-entropies."""
         return self.unimodal_ce if self.unimodal_ce is not None else float(self.profile == "either_side")
+
+    @property
+    def options(self) -> str:
+        """The options that the student's probabilities are over."""
+        return self.among or ("all" if self.profile == "either_side" else "wrong")
 
     def views(self, step: int) -> Views:
         return dict.fromkeys(SIDES, True) if step >= self.warmup_steps or self.own else {}
