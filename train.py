@@ -22,6 +22,11 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+OUT_OF_MEMORY = ("error: out of GPU memory. What helps, in this order: a smaller micro_batch (batch stays, and with it the result), "
+                 "model.checkpointing=true, a smaller model.max_pixels, fewer turns in the mixture, --deepspeed ds_configs/zero2.json "
+                 "on several GPUs; --dry-run estimates what a recipe needs")
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="train.py", description="Train a recipe.")
     parser.add_argument("recipe", help="a YAML file under recipes/, or a pipeline of several")
@@ -53,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"error: {error}") from error
     except OSError as error:
         raise SystemExit(f"error: {' '.join(str(error).split())}") from error
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":      # torch's, which is not imported here
+            raise
+        raise SystemExit(OUT_OF_MEMORY) from error
     except KeyboardInterrupt:
         words = [args.recipe, *args.overrides, *(("--deepspeed", args.deepspeed) if args.deepspeed else ()), "--resume"]
         print(f"\nstopped; continue with: python train.py {shlex.join(words)}", file=sys.stderr)

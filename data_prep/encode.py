@@ -15,6 +15,7 @@ data_prep.problem know. Places for what a model itself puts into the prompt (`En
 
 import json
 import re
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -60,6 +61,7 @@ class Encoder:
     Attributes:
         slots: how many tokens `slot_id` stand before the first text of a user, after the pictures that stand before it; 0 by
             default. A model with a `mender` (modeling.mender) fills them.
+        longest: tokens that the model has positions for; without a bound until someone sets it.
         slot_id, missing_id: the tokens of slots and of corrupted text; None where the tokenizer has no such tokens.
 
     Raises:
@@ -81,7 +83,7 @@ class Encoder:
         self.end_id = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
         if None in (self.image_id, self.end_id) or self.tokenizer.unk_token_id in (self.image_id, self.end_id):
             raise ValueError(f"{name}: the tokenizer has no {IMAGE_TOKEN} or {END_OF_TURN}; a Qwen2-VL family model is needed")
-        self.slots = 0
+        self.slots, self.longest = 0, sys.maxsize
         self.slot_id, self.missing_id = map(self._special, (SLOT_TOKEN, MISSING_TOKEN))
         self.pad_id = self.tokenizer.pad_token_id
         if self.pad_id is None:

@@ -273,7 +273,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
             parser.error(f"--runs asks no model, so it takes no {unused[0]}")
         return args, rest
     rest += ["--views", args.views or ",".join(View.__members__)]
-    eval_run.parse(["--model", args.model, "--out", str(args.out), *rest])  # what it refuses, it refuses before any asking
+    adapter = ["--adapter", "any"] if args.adapter else []
+    eval_run.parse(["--model", args.model, *adapter, "--out", str(args.out), *rest])  # what it refuses, it refuses before any asking
     return args, rest
 
 

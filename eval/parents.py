@@ -19,9 +19,12 @@ def parents(run: Run, *, allow_dirty: bool = False) -> dict:
 
     `steps` are the optimizer steps that the adapter has made: those of its checkpoint, or of the whole recipe.
     Raises AnswersError for an adapter without its training (run.json and recipe.yaml), for the adapter of a training
-    that was not finished, and, unless `allow_dirty`, for a run without a commit or with uncommitted changes.
+    that was not finished, for answers of a server, and, unless `allow_dirty`, for a run without a commit or with uncommitted changes.
     """
     info, where = run.info, run.folder.as_posix()
+    if info.get("endpoints"):
+        raise AnswersError(f"{where}: a server gave these answers, so which weights they come from is not known; a committed number "
+                           "needs eval.run on the weights themselves")
     found = {
         **{key: info.get(key) for key in ("commit", "dirty", "packages", "python", "device", "seed", "model_sha256",
                                           "adapter_sha256", "revision")},

@@ -316,6 +316,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
         return args, rest
     if args.out.suffix == ".json":
         parser.error("--out takes a folder when a model is asked")
+    if any(word.partition("=")[0] == "--endpoint" for word in rest):
+        parser.error("--endpoint: a server cannot be shown corrupted input")
     if "--corrupt" in rest:
         parser.error("--corrupt is set by --rates and --modality")
     args.rates = args.rates or RATES

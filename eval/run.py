@@ -10,6 +10,9 @@ once where they come close together, and the answer is written for each item.
 
 With --corrupt words of facts and question and parts of the pictures are missing: which ones depends on --corrupt-seed and the
 item, and a higher rate takes away what a lower one does and more. eval.robustness draws accuracy against the rate.
+
+With --endpoint a server is asked instead of a model loaded here; see eval.endpoint. Its address is recorded, but no part of an
+answer's hash: the same model may be served elsewhere when the run goes on.
 """
 
 import argparse
@@ -45,10 +48,12 @@ from data_prep.problem import (
 )
 from data_prep.provenance import file_sha256, parents, write_json
 from data_prep.read import one_or_several
+from eval.endpoint import Endpoint, EndpointError, add_options, check_options
 from eval.parse import PARSER_VERSION
 from eval.tasks import TASKS, Task, TaskError, find_task
 
 WINDOW = 8      # batches that are sorted by length together, so that short and long prompts do not pad each other
+BATCH_SIZE = 32
 MAX_NEW_TOKENS, WITH_RATIONALE = 32, 64     # by default
 
 
@@ -67,7 +72,7 @@ RowOf = Callable[[Request], dict[str, Any]]     # a row of answers.jsonl, of one
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m eval.run",
                                      description="Ask a model every problem of some tasks in some views.")
-    parser.add_argument("--model", required=True, help="local folder or hub id")
+    parser.add_argument("--model", required=True, help="local folder or hub id; with --endpoint its name on the server")
     parser.add_argument("--adapter", help="a PEFT adapter folder, such as runs/demo/control-seed0/adapter")
     parser.add_argument("--revision", help="of a hub model")
     parser.add_argument("--tasks", default="twins", help=f"comma-separated: {', '.join(sorted(TASKS))}, or paths of .jsonl files")
@@ -79,17 +84,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rationale", action="store_true",
                         help="ask for the way to the answer, then the answer, as rationales are trained; implies --mode generate")
     parser.add_argument("--max-new-tokens", type=int, help=f"default: {MAX_NEW_TOKENS}, with --rationale {WITH_RATIONALE}")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, help=f"default: {BATCH_SIZE}")
     parser.add_argument("--limit", type=int, help="at most this many problems per task, whole groups first come first served")
     parser.add_argument("--min-pixels", type=int)
     parser.add_argument("--max-pixels", type=int)
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
+                        help="default: auto, which is bfloat16 on a GPU and float32 elsewhere")
     parser.add_argument("--label", help="name of this run in tables (default: the name of --out)")
     parser.add_argument("--seed", type=int, help="training seed of the model, recorded")
     parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out instead of stopping")
     parser.add_argument("--corrupt", metavar="text=RATE,image=RATE",
                         help="share of words and of parts of the pictures that are missing; either may be left out")
     parser.add_argument("--corrupt-seed", type=int, default=0, help="of what is missing (default: %(default)s)")
+    add_options(parser)
     args = parser.parse_args(argv)
     try:
         args.corrupt = parse_corruption(args.corrupt, args.corrupt_seed)
@@ -98,7 +105,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.rationale and args.mode == "likelihood":
         parser.error("--rationale: an option's likelihood straight after the prompt is not what such a model was trained on; "
                      "leave out --mode likelihood")
-    args.mode = args.mode or ("generate" if args.rationale else "likelihood")
+    check_options(parser, args)
+    args.mode = args.mode or ("generate" if args.rationale or args.endpoint else "likelihood")
+    args.batch_size, args.dtype = BATCH_SIZE if args.batch_size is None else args.batch_size, args.dtype or "auto"
     if args.max_new_tokens is None:
         args.max_new_tokens = WITH_RATIONALE if args.rationale else MAX_NEW_TOKENS
     return args
@@ -123,6 +132,10 @@ def parse_corruption(text: str | None, seed: int) -> dict[str, Any] | None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    if args.endpoint:
+        with one_sentence(ProblemError, TaskError, EndpointError):
+            run(args, lambda: Endpoint.of(args))
+        return
     quiet()
     offline_if_local(args.model)
     from data_prep.answerer import Answerer, ModelError
@@ -132,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace, load: Any) -> None:
-    """Evaluate. `load` makes the Answerer, after everything cheap has been checked."""
+    """Evaluate. `load` makes the Answerer, or the Endpoint, after everything cheap has been checked."""
     views = _views(args.views)
     tasks = [(task, *_problems(task, args)) for task in map(find_task, dict.fromkeys(args.tasks.split(",")))]
     asked = [(task, problem, view, other) for task, problems, _ in tasks
@@ -144,14 +157,16 @@ def run(args: argparse.Namespace, load: Any) -> None:
                 print(f"{task.name}: {len(problems) - n} of {len(problems)} problems cannot be shown as {view.value}",
                       file=sys.stderr)
     answerer = load()
+    identity = answerer.identity()
+    origin = identity.pop("endpoint", None)
     settings = {
-        **answerer.identity(), "mode": args.mode, "rationale": args.rationale, "parser": PARSER_VERSION,
+        **identity, "mode": args.mode, "rationale": args.rationale, "parser": PARSER_VERSION,
         "max_new_tokens": args.max_new_tokens, "views": [view.value for view in views],
         "tasks": {task.name: {"data": str(file), "root": str(file.parent), "sha256": file_sha256(file), "n": len(problems)}
                   for task, problems, file in tasks},
         **({"corrupt": args.corrupt} if args.corrupt else {})}
     args.out.mkdir(parents=True, exist_ok=True)
-    info = _open(args, settings)
+    info = _open(args, settings, origin)
     answers = args.out / "answers.jsonl"
     done = _whole_lines(answers)
     fixed = json.dumps([settings[k] for k in ("model_sha256", "revision", "model", "adapter_sha256", "mode", "parser",
@@ -161,11 +176,10 @@ def run(args: argparse.Namespace, load: Any) -> None:
     with answers.open("a", encoding="utf-8") as file, \
             tqdm(total=len(asked), desc=args.label or args.out.name, unit="answer", mininterval=2) as bar:
         bar.update(len(done))
-        while window := list(islice(left, WINDOW * args.batch_size)):
-            for rows in _answer(answerer, window, args):
-                file.writelines(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
-                file.flush()
-                bar.update(len(rows))
+        for rows in (_served if args.endpoint else _loaded)(answerer, left, args):
+            file.writelines(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
+            file.flush()
+            bar.update(len(rows))
     seconds = info.get("seconds", 0) + time.perf_counter() - started
     write_json(args.out / "run.json", {**info, "seconds": round(seconds, 1), "finished": True})
     print(f"{answers}: {len(asked)} answers, {seconds:.0f} s")
@@ -197,20 +211,27 @@ def _problems(task: Task, args: argparse.Namespace) -> tuple[list[Problem], Path
     return problems, file
 
 
-def _open(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
-    """run.json of this run. Raises TaskError when --out holds answers given under other settings."""
+def _open(args: argparse.Namespace, settings: dict[str, Any], origin: dict[str, Any] | None) -> dict[str, Any]:
+    """run.json of this run. Raises TaskError when --out holds answers given under other settings.
+
+    origin: of a served model: its server, recorded beside those that were asked before.
+    """
     path = args.out / "run.json"
     if path.exists():
         old = {"rationale": False, **json.loads(path.read_text(encoding="utf-8"))}     # older runs knew no rationale
         if differing := [key for key in dict.fromkeys((*settings, "corrupt")) if old.get(key) != settings.get(key)]:
             raise TaskError(f"{args.out} holds answers of another run; it differs in {', '.join(differing)}: give another --out")
+        if origin and origin not in old["endpoints"]:
+            old["endpoints"].append(origin)
+            write_json(path, old)
         return old
     # Beside the adapter of a finished run, or above a checkpoint of one.
     beside = [folder / "run.json" for folder in list(Path(args.adapter).parents)[:2]] if args.adapter else []
     recipe = next((path for path in beside if path.exists()), None)
     trained = json.loads(recipe.read_text(encoding="utf-8")) if recipe else None
-    info = {**settings, **parents(), "label": args.label or args.out.name, "seed": args.seed, "device": _device(),
-            "training": trained, "seconds": 0, "finished": False}
+    info = {**settings, **parents(), "label": args.label or args.out.name, "seed": args.seed,
+            "device": None if origin else _device(), "training": trained, "seconds": 0, "finished": False,
+            **({"endpoints": [origin]} if origin else {})}
     write_json(path, info)
     return info
 
@@ -249,19 +270,41 @@ def _requests(asked: Sequence[tuple[Task, Problem, View, Problem | None]], fixed
         yield Request(task, problem, view, prompt, key.hexdigest()[:32], shown.hexdigest())
 
 
-def _answer(answerer: Any, window: list[Request], args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """Rows of the window's answers, batch by batch. What several requests show alike is asked once."""
+def _alike(window: Sequence[Request]) -> list[list[Request]]:
+    """Requests that show alike together: what is asked once."""
     alike: dict[str, list[Request]] = {}
     for request in window:
         alike.setdefault(request.shown, []).append(request)
-    scored = [same for same in alike.values() if same[0].prompt.choices is not None and args.mode == "likelihood"]
-    generated = [same for same in alike.values() if same[0].prompt.choices is None or args.mode == "generate"]
-    for groups, ask in ((scored, _by_likelihood), (generated, _by_generation)):
-        groups.sort(key=lambda same: _size(same[0]))
-        for start in range(0, len(groups), args.batch_size):
-            batch = groups[start:start + args.batch_size]
-            row_of = ask(answerer, [same[0].prompt for same in batch], args)
-            yield [row(request) for row, same in zip(row_of, batch, strict=True) for request in same]
+    return list(alike.values())
+
+
+def _loaded(answerer: Any, left: Iterator[Request], args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Rows of the answers of an Answerer, batch by batch."""
+    while window := list(islice(left, WINDOW * args.batch_size)):
+        alike = _alike(window)
+        scored = [same for same in alike if same[0].prompt.choices is not None and args.mode == "likelihood"]
+        generated = [same for same in alike if same[0].prompt.choices is None or args.mode == "generate"]
+        for groups, ask in ((scored, _by_likelihood), (generated, _by_generation)):
+            groups.sort(key=lambda same: _size(same[0]))
+            for start in range(0, len(groups), args.batch_size):
+                batch = groups[start:start + args.batch_size]
+                row_of = ask(answerer, [same[0].prompt for same in batch], args)
+                yield [row(request) for row, same in zip(row_of, batch, strict=True) for request in same]
+
+
+def _served(endpoint: Endpoint, left: Iterator[Request], args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Rows of the answers of an Endpoint, prompt by prompt. Windows are for what is alike; no request waits for one to end."""
+    asked: dict[str, list[Request]] = {}
+
+    def named() -> Iterator[tuple[str, Prompt]]:
+        while window := list(islice(left, WINDOW * args.parallel)):
+            for same in _alike(window):
+                name = f"{same[0].task.name}, {same[0].problem.id}, view {same[0].view.value}"
+                asked[name] = same
+                yield name, same[0].prompt
+
+    for name, said in endpoint.answers(named(), args.max_new_tokens):
+        yield [_said(said, request) for request in asked.pop(name)]
 
 
 def _size(request: Request) -> int:

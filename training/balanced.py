@@ -18,7 +18,7 @@ from training.config import Recipe
 from training.losses import weighted_nll
 from training.model import unwrap
 from training.objective import Answers
-from training.probe import Probing
+from training.probe import branch_probe
 
 STATE = "balance.json"      # in checkpoints: what the method remembers
 
@@ -37,9 +37,8 @@ class Balanced:
                       again=lambda: self._again,
                       optimizer=self._bare_optimizer)
         self.balance = method_of(self.recipe, world)
-        self.probing: Probing | None = None
-        if (mixture := self.data_collator.plan.probe) is not None:
-            self.probing = Probing(mixture, self.recipe.balance, self.recipe.micro_batch, self.data_collator.encoder)
+        plan, encoder, size = self.data_collator.plan, self.data_collator.encoder, self.recipe.micro_batch
+        self.probing = plan.branch_probe and branch_probe(plan.branch_probe, self.recipe.balance, size, encoder)
         self._batches: list[dict] = []          # micro-batches of this optimizer step on this rank
         self._begun = False                     # the step's first pass
         self._noise: dict | None = None         # random states that it began with

@@ -5,9 +5,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from transformers import AutoConfig
 
 from data_prep.encode import Encoded, Encoder
-from data_prep.problem import Prompt, View
+from data_prep.problem import ProblemError, Prompt, View
 from training.balance.hook import Showing
 from training.balance.settings import Balance
 from training.balance.views import branches
@@ -20,7 +21,9 @@ IGNORED = -100          # a label that is not trained
 def load_encoder(model: Model) -> Encoder:
     """Tokenizer and image processor of a recipe's model. RecipeError when there are none, or none of the Qwen2-VL family."""
     try:
-        return Encoder(model.name, revision=model.revision, min_pixels=model.min_pixels, max_pixels=model.max_pixels)
+        encoder = Encoder(model.name, revision=model.revision, min_pixels=model.min_pixels, max_pixels=model.max_pixels)
+        encoder.longest = AutoConfig.from_pretrained(model.name, revision=model.revision).get_text_config().max_position_embeddings
+        return encoder
     except (ValueError, OSError) as error:
         raise RecipeError(f"model.name: {model.name}: {' '.join(str(error).split())}") from error
 
@@ -47,7 +50,7 @@ def loss_weights(trained: np.ndarray, weigh: Literal["tokens", "rows"]) -> np.nd
 class Collator:
     """Draws to a batch: what Encoder.batch gives, and labels and loss_weight of shape (batch, tokens).
 
-    Also `stage`, the number of the stage that the draws belong to; `views`, (batch,) numbers of the views they were drawn in; and
+    Also `draws`, the numbers of the draws; `stage`, the number of the stage that the draws belong to; `views`, (batch,) numbers of the views they were drawn in; and
     `roles`: by name, the same problems with the same answers in the view of each role that the stage's objective asks for.
 
     Rendering, decoding and tokenising happen here, in the data loader's workers when there are any.
@@ -71,7 +74,7 @@ class Collator:
         stage = getattr(draws[0], "stage", 0)
         objective = self.objectives[stage]
         batch: dict[str, Any] = self._batch(draws, objective) if self.showing is None else self._changed(draws, objective)
-        batch["stage"] = stage
+        batch["draws"], batch["stage"] = [row["draw"] for row in rows], stage
         batch["views"] = torch.tensor([VIEWS.index(getattr(draw, "view", View.vision)) for draw in draws])
         batch["roles"] = {name: self._batch([draw._replace(view=role.view_of(draw.view)) for draw in draws], objective)
                           for name, role in objective.extra.items()}
@@ -121,7 +124,11 @@ class Collator:
 
     def _encode(self, draw: Any) -> Encoded:
         messages, images, _ = self.plan.conversation(draw)
-        return self.encoder.encode(messages, images)
+        row = self.encoder.encode(messages, images)
+        if len(row) > self.encoder.longest:
+            raise ProblemError(f"{', '.join(self.plan.ids(draw))}: {len(row)} tokens together, and the model has positions for "
+                               f"{self.encoder.longest}: lower model.max_pixels or the mixture's turns, or leave them out")
+        return row
 
     def _joined(self, encoded: list[Encoded], objective: Objective) -> dict[str, torch.Tensor]:
         batch = self.encoder.batch(encoded)

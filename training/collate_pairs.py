@@ -66,6 +66,7 @@ class Rows:
 class PairCollator:
     """Draws to a batch:
 
+        draws        their numbers
         learn        rows of the sides that the terms need, see Rows.batch
         watch        rows of the sides that are only logged; empty but in steps that are
         places       by set and side, (pairs,): the row of each pair's side, -1 where it has none
@@ -105,7 +106,7 @@ class PairCollator:
         """The batch of some draws, with the given sides in each set."""
         draws = [self.plan.draw(number) for number in numbers]
         opened = [Opened(self, draw) for draw in draws]
-        batch: dict[str, Any] = {"places": {}}
+        batch: dict[str, Any] = {"draws": list(numbers), "places": {}}
         for name, sides in sets.items():
             rows = Rows(self.encoder)
             batch["places"][name] = {side: torch.tensor([one.place(rows, number, side) for number, one in enumerate(opened)])

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from training.balance.settings import Balance
+from training.balance.settings import Balance, Probe
 from training.strict import STRICT, RecipeError, build, find_beside, merge, parse_override, read_yaml
 
 TOWERS = ("vision", "merger", "language")
@@ -180,6 +180,13 @@ class Save:
 
 
 @dataclass(config=STRICT, frozen=True)
+class Guard:
+    """What happens when a step's loss or gradient is infinite or no number; see training.guards."""
+    non_finite: Literal["stop", "skip"] = "stop"    # skip: the step is left out, counted and named
+    skips: Count = 5                            # in a row; then it stops all the same
+
+
+@dataclass(config=STRICT, frozen=True)
 class Recipe:
     name: str
     model: Model
@@ -195,6 +202,8 @@ class Recipe:
     preference: Preference | None = None        # null: supervised, on a mixture of problems; else on a mixture of pairs
     balance: Balance | None = None              # a method against the imbalance of modalities; see training.balance.settings
     stages: list[Stage] = field(default_factory=list)   # one after the other; empty: one stage of everything above
+    probe: Probe | None = None                  # held-out problems whose gap and image gain are logged now and then
+    guard: Guard = field(default_factory=Guard)
     save: Save = field(default_factory=Save)
     log_every: Count = 10                       # optimizer steps
 
@@ -293,10 +302,10 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     values["stages"] = [stage if recipe.stages[i].mixture is None else
                         {**stage, "mixture": found(f"stages.{i}.mixture", stage["mixture"])}
                         for i, stage in enumerate(values.get("stages", ()))]
-    for key, path_of in (("probe", getattr(recipe.balance, "probe", None)), ("blend", getattr(recipe.balance, "blend", None))):
-        if path_of is not None and key in values["balance"]:
-            mixture = found(f"balance.{key}.mixture", path_of.mixture)
-            values["balance"] = {**values["balance"], key: {**values["balance"][key], "mixture": mixture}}
+    for holder, place, key in ((values, "", "probe"), (values.get("balance") or {}, "balance.", "probe"),
+                               (values.get("balance") or {}, "balance.", "blend")):
+        if holder.get(key) is not None:
+            holder[key] = {**holder[key], "mixture": found(f"{place}{key}.mixture", holder[key]["mixture"])}
     if recipe.model.adapter is not None:
         values["model"] = {**values["model"], "adapter": recipe.model.adapter.replace("{seed}", str(recipe.seed))}
     if recipe.run_dir is None:

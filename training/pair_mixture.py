@@ -75,6 +75,10 @@ class PairMixture(Order):
     def pair(self, draw: Draw) -> Pair:
         return self.pairs[draw.source][draw.problems[0]]
 
+    def ids(self, draw: Draw) -> tuple[str, ...]:
+        """Of the pair that is drawn."""
+        return (self.pair(draw).id,)
+
     def other(self, draw: Draw) -> Pair | None:
         """The next pair of the same source with as many pictures, none of them shared: what `shuffled` borrows from."""
         pairs, own = self.pairs[draw.source], self.pair(draw)

@@ -4,15 +4,16 @@ Which conversation is drawn n-th is a pure function of the recipe, the data and 
 """
 
 import json
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from data_prep.problem import Prompt
+from data_prep.problem import Prompt, View
 from data_prep.provenance import write_json
-from training.balance.settings import Balance
+from training.balance.settings import Balance, Probe
 from training.config import Loss, Preference, Recipe, RecipeError
 from training.mixture import Mixture
 from training.objective import Objective, needs
@@ -22,8 +23,15 @@ from training.pair_mixture import PairMixture
 # Seeds of later stages, so far from the numbers of parts and epochs that no two orders are drawn alike. The first stage's order
 # is that of the seed alone.
 STAGE_SEED = 2**20
-PROBE_SEED = 0              # a probe asks the same problems whatever the seed of training
+PROBE_SEED = 0
 PLAN_FILE = "plan.json"
+
+
+def _four_views(drawn: View) -> tuple[View, ...]:
+    """The views that a gap needs of each problem. RecipeError where the mixture draws another than `both`."""
+    if drawn is not View.both:
+        raise RecipeError(f"probe: the mixture draws the view {drawn.value}; it must draw both, which is shown in the other views too")
+    return (View.both, View.vision, View.text, View.blind)
 
 
 class PlannedStage(NamedTuple):
@@ -55,8 +63,8 @@ class Plan:
 
     Attributes:
         stages: in their order.
-        probe: conversations that a balance method asks now and then, if it does.
-        hashes: SHA-256 of every file that the order or the probe depends on.
+        branch_probe, gap_probe: conversations that a balance method, or the recipe's probe, asks now and then; None: there is none.
+        hashes: SHA-256 of every file that the order or a probe depends on.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -75,15 +83,20 @@ class Plan:
                 mixture = PairMixture(recipe.stage_mixture(number), preference=recipe.preference, **common)
             self.stages.append(PlannedStage(number, mixture, loss, start, end, recipe.batch, recipe.preference, recipe.active_balance))
             self.hashes |= mixture.hashes
-        self.probe: Mixture | None = None
         balance = recipe.active_balance
-        if (probe := getattr(balance, "probe", None)) is not None:
-            try:
-                self.probe = Mixture(probe.mixture, seed=PROBE_SEED, draws=probe.items, needs=partial(needs, Loss(), balance=balance),
-                                     skip_bad=recipe.data.skip_bad, cache=cache)
-            except RecipeError as error:
-                raise RecipeError(f"the probe's mixture: {error}") from error
-            self.hashes |= self.probe.hashes
+        asked = getattr(balance, "probe", None)
+        self.branch_probe = asked and self._probe(asked, partial(needs, Loss(), balance=balance), recipe, cache)
+        self.gap_probe = recipe.probe and self._probe(recipe.probe, _four_views, recipe, cache)
+
+    def _probe(self, settings: Probe, needs: Callable[[View], Sequence[View]], recipe: Recipe, cache: dict) -> Mixture:
+        """Conversations that are asked now and then, the same whatever the seed of training."""
+        try:
+            mixture = Mixture(settings.mixture, seed=PROBE_SEED, draws=settings.items, needs=needs, skip_bad=recipe.data.skip_bad,
+                              cache=cache)
+        except RecipeError as error:
+            raise RecipeError(f"the probe's mixture: {error}") from error
+        self.hashes |= mixture.hashes
+        return mixture
 
     def __len__(self) -> int:
         return self.stages[-1].end * self.batch
@@ -102,7 +115,7 @@ class Plan:
         return self.stages[draw.stage].mixture.conversation(draw)
 
     def ids(self, draw: Draw) -> tuple[str, ...]:
-        """Of the problems that are drawn."""
+        """Of the problems, or the pair, that are drawn."""
         return self.stages[draw.stage].mixture.ids(draw)
 
     def state(self, step: int) -> dict[str, Any]:

@@ -99,6 +99,7 @@ class VisionDPOTrainer(RecipeTrainer, DPOTrainer):
                             raise RecipeError(f"preference.answer: {pair.id} has no rejected answer, which several ranks cannot skip")
         add_answer_logits(unwrap(model))        # a balance method's probe reads them
         self.set_up_balance()
+        self.set_up_guards()
         self._quiet()
 
     def _prepare_dataset(self, dataset, *args, **kwargs):

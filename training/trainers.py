@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from modeling.adapters import load_mender, save_extras
 from training.balanced import Balanced
+from training.guards import Guarded
 from training.collate import IGNORED, Collator, answer_numbers
 from training.config import Recipe
 from training.model import add_answer_logits, parameter_groups, picture_features, unwrap
@@ -55,7 +56,7 @@ def sft_arguments(recipe: Recipe, run_dir: Path, **where: Any) -> SFTConfig:
     return SFTConfig(**arguments(recipe, run_dir, **where), dataset_kwargs={"skip_prepare_dataset": True})
 
 
-class RecipeTrainer(Balanced):
+class RecipeTrainer(Guarded, Balanced):
     """What our trainers change about TRL's: a learning rate per tower, the recipe's schedule, sums that are logged as means.
 
     `recipe` is set before TRL's own __init__ runs.
@@ -137,7 +138,7 @@ class RecipeTrainer(Balanced):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if logs.pop("learning_rate", None) is not None:
-            logs.update(self._rates | self.counted() | self.balance_shown())
+            logs.update(self._rates | self.counted() | self.balance_shown() | self.guard_shown())
         super().log(logs, start_time)
 
     def _get_learning_rate(self) -> float:
@@ -170,6 +171,7 @@ class VisionSFTTrainer(RecipeTrainer, SFTTrainer):
         self._tokens: torch.Tensor | None = None        # trained tokens of the optimizer step, over micro-batches and ranks
         self._answers: torch.Tensor | None = None       # likewise
         self.set_up_balance()
+        self.set_up_guards()
         self._quiet()
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
@@ -181,6 +183,7 @@ class VisionSFTTrainer(RecipeTrainer, SFTTrainer):
         return total
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        del inputs["draws"]
         objective = self.data_collator.objectives[inputs.pop("stage")]
         drawn = inputs.pop("views")
         method = {name: inputs.pop(name) for name in ("branches", "at", "token", "extras") if name in inputs}

@@ -79,10 +79,10 @@ class Miles(Unimodal):
 class Negative(Unimodal):
     """MNL: the unimodal losses and the guidance terms, after a share of the epochs with the cross-entropies alone."""
 
-    def __init__(self, *, lam: float = 0.7, student_ce: bool, reduction: str, warm_up: float = 0.0,
+    def __init__(self, *, lam: float = 0.7, student_ce: bool, reduction: str, among: str = "all", warm_up: float = 0.0,
                  detached: bool = False) -> None:
         super().__init__(detached=detached)
-        self.terms, self.warm_up = dict(lam=lam, student_ce=student_ce, reduction=reduction), warm_up
+        self.terms, self.warm_up = dict(lam=lam, student_ce=student_ce, reduction=reduction, among=among), warm_up
 
     def loss(self, out: Outputs, image: Tensor, text: Tensor, labels: Tensor) -> Tensor:
         total = super().loss(out, image, text, labels)

@@ -44,9 +44,9 @@ class Seen:
             loss = loss.masked_scatter(closed, -option_log_probs(self.options[closed])[:, 0].to(loss))
         return loss
 
-    def value(self, metric: str) -> Tensor:
+    def value(self, metric: str, *, corrected: bool = True) -> Tensor:
         """(answers,) how well the view answers: probability of the right option or accuracy, corrected for chance over the true
-        number of options; of an open answer exp of its mean log-probability. No gradient.
+        number of options unless told otherwise; of an open answer exp of its mean log-probability. No gradient.
 
         Of equally likely best options each is chosen by its share: in half precision they are not rare, and the right one, being
         the first, would win all of them.
@@ -59,7 +59,9 @@ class Seen:
             else:
                 best = (options == options.amax(-1, keepdim=True)).to(options.dtype)
                 found = best[:, 0] / best.sum(-1)
-            value = value.masked_scatter(closed, chance_corrected(found, (options != -torch.inf).sum(-1)).to(value))
+            if corrected:
+                found = chance_corrected(found, (options != -torch.inf).sum(-1))
+            value = value.masked_scatter(closed, found.to(value))
         return value
 
 
