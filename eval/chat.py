@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import time
 from email.utils import parsedate_to_datetime
 from typing import NamedTuple
