@@ -28,7 +28,6 @@ and with another seed or other kinds nothing is asked twice.
 import argparse
 import io
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -49,7 +48,7 @@ from data_prep.pair_answers import Answers, ask
 from data_prep.pair_build import KINDS, PRIORS, Wanted, has_world, pair_of
 from data_prep.pair_filters import Tally
 from data_prep.problem import Problem, ProblemError, View, possible_views, read_problems
-from data_prep.provenance import file_sha256, parents, write_json
+from data_prep.provenance import file_sha256, non_commercial, parents, write_json
 from data_prep.read import check_beside, replacing
 from data_prep.sources.common import positive
 
@@ -112,7 +111,7 @@ def _licences(pairs: Sequence[Pair]) -> list[tuple[str, int]]:
 
 def _say_licences(pairs: Sequence[Pair]) -> None:
     for name, count in _licences(pairs):
-        if "NC" in re.split("[^A-Z]+", name.upper()) or re.search("non-?commercial", name, re.IGNORECASE):
+        if non_commercial(name):
             print(f"{name}: {count} pairs, non-commercial use only")
 
 

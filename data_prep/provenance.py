@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -56,3 +57,16 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(part, path)
+
+
+def place(name: str) -> str:
+    """A path without the machine it is on; hub ids and relative paths as they are."""
+    path = Path(name)
+    if not path.is_absolute():
+        return name
+    return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else path.name
+
+
+def non_commercial(licence: str) -> bool:
+    """Whether the name of a licence says that commercial use is not allowed."""
+    return "NC" in re.split("[^A-Z]+", licence.upper()) or re.search("non-?commercial", licence, re.IGNORECASE) is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from data_prep.provenance import file_sha256, weights_fingerprint
+from data_prep.provenance import file_sha256, place, weights_fingerprint
 from eval.answers import AnswersError, Run
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -82,14 +82,6 @@ def _recorded(run: Run, adapter: Path, folder: Path) -> dict | None:
         raise AnswersError(f"{run.folder.as_posix()}: the adapter {adapter.as_posix()} has changed since it was evaluated, "
                            "so its training is not known")
     return training
-
-
-def place(name: str) -> str:
-    """A path without the machine it is on; hub ids and relative paths as they are."""
-    path = Path(name)
-    if not path.is_absolute():
-        return name
-    return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else path.name
 
 
 def rounded(value):

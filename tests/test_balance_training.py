@@ -85,7 +85,7 @@ def close(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], rel: float
 
 
 def scripted(monkeypatch, by_step: dict[int, dict[str, float]]) -> list[int]:
-    """Probes that find given values (accuracy, probability and loss alike); returns the list of steps at which they are asked."""
+    """Probes that find given values, accuracy, probability and loss alike; the list of steps at which they are asked."""
     asked = []
 
     def ask(self, trainer):
@@ -165,13 +165,14 @@ def test_neutral_values_change_nothing(recipe_file, plain, probe, tmp_path, monk
     moved = torch.cat([(found.weights[key] - plain.weights[key]).abs().flatten() for key in plain.weights])
     assert moved.median() < 1e-6 and moved.mean() < 1e-5
     for row, before in zip(found.rows, plain.rows):
-        assert [row[f"lr_{tower}"] for tower in ("vision", "language")] == [before[f"lr_{tower}"] for tower in ("vision", "language")]
+        assert all(row[f"lr_{tower}"] == before[f"lr_{tower}"] for tower in ("vision", "merger", "language"))
 
 
 @pytest.mark.parametrize(
     "section",
-    ({"method": "msam", "every": 1}, {"method": "mnl", "lam": 10.0}, {"method": "lnln", "level": 0}, {"method": "unimodal_losses"},
-     {"method": "modality_dropout", "image": 0.5, "text": 0.5}, {"method": "cggm", "every": 1}, {"method": "ogm_ge", "every": 1}),
+    ({"method": "msam", "every": 1}, {"method": "mnl", "lam": 10.0}, {"method": "lnln", "level": 0},
+     {"method": "unimodal_losses"}, {"method": "modality_dropout", "image": 0.5, "text": 0.5},
+     {"method": "cggm", "every": 1}, {"method": "ogm_ge", "every": 1}),
     ids=lambda section: section["method"],
 )
 def test_at_full_strength_something_changes(recipe_file, plain, section):
@@ -186,7 +187,8 @@ def test_at_full_strength_something_changes(recipe_file, plain, section):
 def test_miles_scales_the_rates_of_the_schedule_and_never_twice(recipe_file, probe, monkeypatch):
     """The words lead for two probes, then the picture, then neither; the schedule falls linearly, for all towers alike."""
     asked = scripted(monkeypatch, {0: TEXT_LEADS, 2: TEXT_LEADS, 4: IMAGE_LEADS, 6: EVEN})
-    path = recipe_file(views=SIDED, steps=8, batch=2, optim={"schedule": "linear"}, balance={"method": "miles", "probe": probe, "mu": 0.25})
+    section = {"method": "miles", "probe": probe, "mu": 0.25}
+    path = recipe_file(views=SIDED, steps=8, batch=2, optim={"schedule": "linear"}, balance=section)
     found = trained(path)
     assert asked == [0, 2, 4, 6]
     image, text = [1.0] * 4 + [0.25] * 2 + [1.0] * 2, [0.25] * 4 + [1.0] * 4
@@ -214,9 +216,10 @@ def test_the_factor_is_on_the_update(recipe_file, probe, monkeypatch):
 
 
 def test_a_probe_finds_what_an_evaluation_finds(recipe_file, probe):
-    """On the embedded model, whose options are single tokens: softmax over the likelihoods of the choices, corrected for chance."""
+    """On the embedded model, whose options are single tokens: softmax over the choices' likelihoods, corrected for chance."""
     tiny = str(ROOT / "assets" / "tiny")
-    path = recipe_file(model={"name": tiny}, views=SIDED, micro_batch=3, batch=3, balance={"method": "miles", "probe": probe | {"items": 7}})
+    section = {"method": "miles", "probe": probe | {"items": 7}}
+    path = recipe_file(model={"name": tiny}, views=SIDED, micro_batch=3, batch=3, balance=section)
     trainer = trainer_of(path)              # a fresh adapter: the base model itself
     trainer.model.train()
     asked = trainer.probing.ask(trainer)
@@ -228,11 +231,12 @@ def test_a_probe_finds_what_an_evaluation_finds(recipe_file, probe):
     assert set(asked) == set(views)
     for branch, (view, question) in views.items():
         prompts = [render(problem, view, question=question) for problem in drawn]
-        sums = dict.fromkeys(("accuracy", "probability", "loss"), 0.0)
+        sums = dict.fromkeys(probe_module.METRICS, 0.0)
         for prompt, scores in zip(prompts, answerer.likelihoods(prompts)):
             right, chance = prompt.choices.index(prompt.answer), 1 / len(prompt.choices)
             p = torch.tensor(scores).softmax(0)
             sums["probability"] += (p[right].item() - chance) / (1 - chance)
+            sums["right"] += float(p.argmax() == right)
             sums["accuracy"] += (float(p.argmax() == right) - chance) / (1 - chance)
             sums["loss"] -= p[right].log().item()
         assert asked[branch] == pytest.approx({name: total / 7 for name, total in sums.items()}, abs=1e-4), branch
@@ -251,7 +255,8 @@ def test_ranks_share_a_probe(recipe_file, probe, monkeypatch):
         trainer.probing.ask(trainer)
     assert [one[0, -1].item() for one in sums] == [4, 3]
     means = sum(sums)[:, :-1] / 7
-    assert means.flatten().tolist() == pytest.approx([value for values in whole.values() for value in values.values()], abs=1e-5)
+    expected = [value for values in whole.values() for value in values.values()]
+    assert means.flatten().tolist() == pytest.approx(expected, abs=1e-5)
 
 
 # -- M-SAM -----------------------------------------------------------------------------------------
@@ -300,7 +305,8 @@ def micro_batches(trainer, count: int = 2, size: int = 2) -> list[dict]:
 
 def test_share_1_is_a_step_of_sam_by_hand(recipe_file):
     """Two micro-batches, the gradient at the perturbed weights clipped to a third, then the optimizer's own step."""
-    path = recipe_file(views=SIDED, steps=1, optim={"clip": 1.0, "weight_decay": 0.1}, balance={"method": "msam", "share": 1.0, "rho": 0.05})
+    section = {"method": "msam", "share": 1.0, "rho": 0.05}
+    path = recipe_file(views=SIDED, steps=1, optim={"clip": 1.0, "weight_decay": 0.1}, balance=section)
     by_hand = seeded(path)
     g0, g1 = two_points(by_hand, micro_batches(by_hand), 0.05)
     clip = norm_of(g1) / 3
@@ -370,7 +376,8 @@ def test_weights_are_put_back_when_the_second_pass_fails(recipe_file):
 def test_both_passes_see_the_same_dropout(recipe_file, section):
     """Perturbed by next to nothing, the second pass gives the gradient of the first one, micro-batch by micro-batch and step by
     step: with other masks it would be another."""
-    path = recipe_file(views=SIDED, steps=2, batch=2, micro_batch=1, lora={"dropout": 0.5}, balance={"method": "msam", "rho": 0.0, **section})
+    section = {"method": "msam", "rho": 0.0, **section}
+    path = recipe_file(views=SIDED, steps=2, batch=2, micro_batch=1, lora={"dropout": 0.5}, balance=section)
     once, twice = trained(path), trained(path, "balance.rho=1e-9")
     for one, two in zip(once.gradients, twice.gradients, strict=True):
         assert close(two, one, rel=1e-3)
@@ -379,7 +386,9 @@ def test_both_passes_see_the_same_dropout(recipe_file, section):
         assert not close(other.gradients[0], once.gradients[0], rel=0.1), "dropout changes nothing"
 
 
-@pytest.mark.parametrize("values, moves", ((IMAGE_LEADS, {"vision", "merger"}), (TEXT_LEADS, {"language"})), ids=("image", "text"))
+@pytest.mark.parametrize(
+    "values, moves", ((IMAGE_LEADS, {"vision", "merger"}), (TEXT_LEADS, {"language"})), ids=("image", "text")
+)
 def test_scope_tower_perturbs_the_dominant_modality(recipe_file, probe, monkeypatch, values, moves):
     scripted(monkeypatch, {0: values})
     section = {"method": "msam", "scope": "tower", "rho": 0.5, "measure": "probe", "probe": probe}
@@ -418,7 +427,9 @@ def test_scope_view_climbs_and_steps_along_the_dominant_branch(recipe_file, prob
 # -- MNL -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("section", ({}, {"profile": "either_side", "reduction": "batch", "student_ce": True}), ids=("default", "full"))
+@pytest.mark.parametrize(
+    "section", ({}, {"profile": "either_side", "reduction": "batch", "student_ce": True}), ids=("default", "full")
+)
 def test_mnl_does_not_depend_on_the_micro_batch(recipe_file, wordy, section):
     """Closed and open answers, of several tokens, unevenly spread."""
     path = recipe_file(problems=wordy, turns=2, views=SIDED, steps=1, batch=4, micro_batch=4, optim={"clip": 0.0},
@@ -430,8 +441,8 @@ def test_mnl_does_not_depend_on_the_micro_batch(recipe_file, wordy, section):
 
 
 def seen_of(options, first) -> Seen:
-    """options: (answers, options) probabilities, the right one first, all 0 where the answer is open; first: (answers, vocabulary),
-    of which the right one is 0."""
+    """options: (answers, options) probabilities, the right one first, all 0 where the answer is open; first: (answers,
+    vocabulary), of which the right one is 0."""
     options, first = (torch.tensor(one).log().requires_grad_() for one in (options, first))
     right = torch.zeros(len(first)).long()
     return Seen(options, first[:, 0], torch.zeros(len(first), 1), right[:, None], first, right)
@@ -513,7 +524,8 @@ def test_cggm_measures_when_it_is_due(direction):
 
 def test_only_an_analytic_direction_teaches(recipe_file):
     """A stale one is a constant: the loss changes, its gradient does not."""
-    path = recipe_file(views=SIDED, steps=1, optim={"clip": 0.0}, balance={"method": "cggm", "every": 1, "direction": {"lam": 1.0}})
+    section = {"method": "cggm", "every": 1, "direction": {"lam": 1.0}}
+    path = recipe_file(views=SIDED, steps=1, optim={"clip": 0.0}, balance=section)
     runs = trained(path), trained(path, "balance.direction.mode=stale"), trained(path, "balance.direction=null")
     loss, stale_loss, without = (run.rows[0]["loss"] for run in runs)
     assert loss == pytest.approx(stale_loss, rel=1e-6) and stale_loss > without + 0.01
@@ -526,8 +538,8 @@ def test_only_an_analytic_direction_teaches(recipe_file):
 
 def test_the_analytic_gradient_is_autograds(recipe_file):
     """Of the cross-entropy over the options, for the output layer's rows of their tokens; other rows have none."""
-    path = recipe_file(model={"name": str(ROOT / "assets" / "tiny")}, views={"both": 1.0}, batch=4, micro_batch=4, balance={"method": "mnl"})
-    trainer = seeded(path)
+    tiny = str(ROOT / "assets" / "tiny")
+    trainer = seeded(recipe_file(model={"name": tiny}, views={"both": 1.0}, batch=4, micro_batch=4, balance={"method": "mnl"}))
     batch = trainer.data_collator([{"draw": n} for n in range(4)])
     head = trainer.model.get_base_model().lm_head.weight
     found = trainer.look_at(trainer.model, {key: batch[key] for key in (*SHOWN, "labels")}, True, True)
@@ -566,7 +578,8 @@ def shown_rows(collator, numbers) -> list[tuple]:
     found = []
     for n in numbers:
         batch = collator([{"draw": n}])
-        found.append((tuple(batch["input_ids"][0].tolist()), batch["pixel_values"].sum().item() if "pixel_values" in batch else None))
+        pixels = batch["pixel_values"].sum().item() if "pixel_values" in batch else None
+        found.append((tuple(batch["input_ids"][0].tolist()), pixels))
     return found
 
 
@@ -605,7 +618,8 @@ def test_chances_of_what_is_missing(encoder):
     without_words = sum(draw.view is View.vision and not draw.question for draw in drawn)
     assert without_picture == pytest.approx(60, abs=22) and without_words == pytest.approx(100, abs=28)
     assert sum(draw == Draw("s", View.both, (0,)) for draw in drawn) == 400 - without_picture - without_words
-    corrupt = Corrupting(Lnln(level=0, text=Corruption(chance=0.5, highest=0.6), image=Corruption(chance=0.0), strength=0.5), 0, encoder)
+    settings = Lnln(level=0, text=Corruption(chance=0.5, highest=0.6), image=Corruption(chance=0.0), strength=0.5)
+    corrupt = Corrupting(settings, 0, encoder)
     row = encoder.encode([{"role": "user", "content": "What colour is the shape at A?"}])
     rates = [corrupt.row(row, (0, "both", (str(n),)))[1] for n in range(200)]
     assert all(rate["image"] == 0 for rate in rates)
@@ -635,7 +649,8 @@ def test_a_resumed_run_ends_where_a_straight_one_does(recipe_file, probe, tmp_pa
     if name == "miles":
         scripted(monkeypatch, {0: IMAGE_LEADS, 2: TEXT_LEADS, 4: EVEN})
     changes = {"lora": None} if "all weights" in name else {"lora": {"dropout": 0.1}}
-    path = recipe_file(views=SIDED, steps=5, batch=2, micro_batch=1, save={"every": 3}, optim={"schedule": "cosine"}, balance=section, **changes)
+    changes |= {"steps": 5, "batch": 2, "micro_batch": 1, "save": {"every": 3}, "optim": {"schedule": "cosine"}}
+    path = recipe_file(views=SIDED, balance=section, **changes)
     straight = trained(path)
     state = straight.trainer.balance.state()
     torch.manual_seed(77)
@@ -650,7 +665,9 @@ def test_a_resumed_run_ends_where_a_straight_one_does(recipe_file, probe, tmp_pa
 # -- with a preference -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("section", ({"method": "miles", "probe": "PROBE"}, {"method": "msam", "share": 1.0}), ids=("miles", "msam"))
+@pytest.mark.parametrize(
+    "section", ({"method": "miles", "probe": "PROBE"}, {"method": "msam", "share": 1.0}), ids=("miles", "msam")
+)
 def test_with_a_preference(pair_file, probe, monkeypatch, section):
     section = {key: probe if value == "PROBE" else value for key, value in section.items()}
     plain = trained(pair_file({}, steps=1))

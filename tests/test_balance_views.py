@@ -68,7 +68,7 @@ def test_scores_by_hand():
 
 
 def test_options_are_events_that_exclude_each_other():
-    """Whatever the model says, the probabilities of the ways to leave the right answer, and of keeping to it, sum to at most 1."""
+    """Whatever the model says, the ways to leave the right answer, and keeping to it, have probabilities of at most 1 in all."""
     torch.manual_seed(0)
     answers = [(5, 6, 7, END), (4, END), (5, 6, 8, END), (5, END), (5, 3, 3, END), (2, 5, 6, END)]
     found = branches(answers, 0)
@@ -86,7 +86,8 @@ def test_values_and_losses_by_hand():
     empty = torch.zeros(4, 1)
     seen = Seen(options, log_prob, empty, empty.long(), empty, torch.zeros(4).long())
     value = seen.value("probability")
-    torch.testing.assert_close(value, torch.tensor([(0.75 - 1 / 2) / (1 / 2), (1 / 3 - 1 / 4) / (3 / 4), (0.1 - 1 / 4) / (3 / 4), 0.3]))
+    expected = [(0.75 - 1 / 2) / (1 / 2), (1 / 3 - 1 / 4) / (3 / 4), (0.1 - 1 / 4) / (3 / 4), 0.3]
+    torch.testing.assert_close(value, torch.tensor(expected))
     accuracy = seen.value("accuracy")
     torch.testing.assert_close(accuracy, torch.tensor([1.0, (1 / 2 - 1 / 4) / (3 / 4), (0 - 1 / 4) / (3 / 4), 0.3]))
     assert not value.requires_grad and not accuracy.requires_grad
@@ -110,7 +111,8 @@ def looked(trainer, view: View, count: int, branch: str = "both"):
     batch = collator.branches(draws, {branch: role}, Objective(Loss(), ()))
     shown = batch["branches"][branch]
     found = trainer.look_at(model, shown, False, True)
-    return [collator.plan.conversation(draw)[2][0] for draw in draws], trainer.seen(found, shown["labels"], batch["at"], batch["token"])
+    prompts = [collator.plan.conversation(draw)[2][0] for draw in draws]
+    return prompts, trainer.seen(found, shown["labels"], batch["at"], batch["token"])
 
 
 @pytest.mark.parametrize("view", (View.both, View.vision, View.text, View.blind))
@@ -137,9 +139,9 @@ def wordy(tmp_path_factory):
     rows = []
     for n in range(12):
         picture(56, 56, seed=n // 4).save(folder / f"{n // 4}.png")
-        rows.append(Problem(id=str(n), group=str(n), source="demo", image=f"{n // 4}.png", facts=f"number {n // 4}", question="What is at A?",
-                            options=None if n % 4 == 3 else options, answer=options[n % 5], license="CC0-1.0",
-                            meta={"answer_with": "text"}, root=folder))
+        rows.append(Problem(id=str(n), group=str(n), source="demo", image=f"{n // 4}.png", facts=f"number {n // 4}",
+                            question="What is at A?", options=None if n % 4 == 3 else options, answer=options[n % 5],
+                            license="CC0-1.0", meta={"answer_with": "text"}, root=folder))
     write_problems(folder / "all.jsonl", rows)
     return folder / "all.jsonl"
 

@@ -40,7 +40,7 @@ class UnimodalLossesMethod(Method):
     def __init__(self, settings: UnimodalLosses, world: World) -> None:
         super().__init__(settings, world)
         self.weights = {side: getattr(settings, side) for side in SIDES}
-        self._sums: Tensor | None = None            # of this step on this rank: (branches, 2), sums of losses and numbers of answers
+        self._sums: Tensor | None = None            # (branches, 2) of this step on this rank: sum of losses, number of answers
         self._train = {branch: [0.0, 0.0] for branch in BRANCHES}       # the same since the last probe, over all ranks
         self._last: dict[str, list[float]] | None = None                # at the last probe: [training loss, held-out loss]
 

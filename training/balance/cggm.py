@@ -156,7 +156,7 @@ class CggmMethod(Modulation):
         if self.settings.direction is None:
             return None
         both = views["both"]
-        # Decided by the first token, where the hidden state was kept. Where all answers are open there is not even a first option.
+        # Decided by the first token, where the hidden state was kept. Where all answers are open there is no first option.
         rows = ((both.tokens >= 0).sum(-1) > 1) & (both.tokens[:, :1] >= 0).any(-1)
         if not rows.any():
             return None

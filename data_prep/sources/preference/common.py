@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from data_prep.images import MAX_PIXELS, ProblemError
 from data_prep.pair import Pair, to_row, write_pairs
+from data_prep.provenance import non_commercial
 from data_prep.read import BadRows
 from data_prep.sources.chat import IMAGE_TOKEN
 from data_prep.sources.common import Picture, Placer, Row, hashed, positive
@@ -161,7 +162,7 @@ class Source:
     def report(self) -> list[str]:
         """What was left out, and what the licence asks for."""
         lines = self.counts()
-        if "NC" in self.license.upper().replace("_", "-").split("-"):
+        if non_commercial(self.license):
             lines.append(f"{self.name}: {self.license}: non-commercial use only")
         if self.license == UNNAMED:
             lines.append(f"{self.name}: the authors name no licence; ask them what the data may be used for")
