@@ -696,7 +696,6 @@ def test_a_repeated_pass_over_pairs_is_counted_nowhere(pair_file):
     assert found.trainer.pace.mean == plain.trainer.pace.mean
 
 
-@pytest.mark.xfail(strict=True, reason="the running mean of noise_aware begins the repeated passes where the first ones ended")
 def test_a_repeated_pass_over_pairs_has_the_same_loss(pair_file):
     """What the terms remember stands where it stood before the first pass: unperturbed, the second gives the same gradient."""
     preference = {"answer": {}, "noise_aware": {"weight": 1.0, "memory": 0.2}}

@@ -192,9 +192,15 @@ class VisionDPOTrainer(RecipeTrainer, DPOTrainer):
             with as_reference(self.accelerator.unwrap_model(self.model)):
                 return self._look(self.model, batch, features).log_probs.float().sum(1)
 
+    def get_batch_samples(self, *args, **kwargs):
+        self._margin = self.pace and self.pace.mean     # that the step begins with
+        return super().get_batch_samples(*args, **kwargs)
+
     def _replay(self, *args, **kwargs) -> None:
-        """Passes that are repeated leave no trace in what is logged and remembered."""
+        """Passes that are repeated begin as the first ones did, and leave no trace in what is logged and remembered."""
         sums, metrics, margin = dict(self._sums), copy.deepcopy(self._metrics), self.pace and self.pace.mean
+        if self.pace is not None:
+            self.pace.mean = self._margin
         super()._replay(*args, **kwargs)
         self._sums, self._metrics = sums, metrics
         if self.pace is not None:
@@ -218,8 +224,7 @@ class VisionDPOTrainer(RecipeTrainer, DPOTrainer):
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             (folder / STATE).write_text(json.dumps({"noise_margin": float(self.pace.mean)}), encoding="utf-8")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint) / STATE
-        if self.pace is not None and path.exists():
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.pace is not None and (path := Path(checkpoint) / STATE).exists():
             self.pace.mean = torch.tensor(json.loads(path.read_text(encoding="utf-8"))["noise_margin"], device=self.args.device)

@@ -178,7 +178,7 @@ class VisionSFTTrainer(RecipeTrainer, SFTTrainer):
         if not batch_samples:
             return None
         sums = sum(torch.stack([batch["loss_weight"][:, 1:].sum(), (batch["labels"][:, 1:] != IGNORED).sum(),
-                                torch.tensor(len(batch.get("at", ())))]) for batch in batch_samples).to(device)
+                                batch["labels"].new_tensor(len(batch.get("at", ())))]) for batch in batch_samples).to(device)
         total, self._tokens, self._answers = self.accelerator.gather(sums[None]).sum(0)
         return total
 
