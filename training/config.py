@@ -35,6 +35,9 @@ class Model:
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     min_pixels: Count | None = None             # bounds on a picture's area; None keeps the model's own
     max_pixels: Count | None = None
+    # The language tower's linear layers in 4 bits (nf4, double quantisation: QLoRA, arXiv 2305.14314) or 8; the vision tower, the
+    # merger and the head stay as they are, and so does what is trained
+    quantize: Literal["nf4", "int8"] | None = None
     checkpointing: bool = False                 # recompute activations of the language tower in the backward pass
 
 
@@ -71,6 +74,7 @@ class TowerRates:
 @dataclass(config=STRICT, frozen=True)
 class Optim:
     lr: TowerRates
+    name: Literal["adamw", "adamw_8bit"] = "adamw"      # adamw_8bit: bitsandbytes', paged out of GPU memory where there is a GPU
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_steps: Size = 0
     weight_decay: Amount = 0.0
@@ -229,6 +233,9 @@ class Recipe:
                 raise ValueError(f"balance: {self.balance.method} does not go with a preference: {reason}")
         if self.lora is not None and self.lora.by_token and self.model.adapter is None and not self.trains("language"):
             raise ValueError("lora.by_token: changes nothing while the language tower is frozen")
+        if self.model.quantize is not None and (self.lora is None or self.lora.by_token):
+            why = "a quantised weight cannot be trained" if self.lora is None else "lora.by_token is not made for quantised layers"
+            raise ValueError(f"model.quantize: {why}")
         if self.lora is None and self.balance is not None and self.balance.modules() is not None:
             raise ValueError(f"balance: {self.balance.method} adds modules to the model, which are kept beside an adapter; needs lora")
         if self.model.adapter is not None and self.lora is None:

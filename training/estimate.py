@@ -1,5 +1,7 @@
 """An estimate of image tokens and memory, printed by `train.py --dry-run` before any weight is loaded."""
 
+import re
+
 import numpy as np
 import torch
 from rich.table import Table
@@ -9,7 +11,7 @@ from data_prep.encode import Encoder
 from data_prep.images import picture_path, upright_size
 from training.config import Recipe
 from training.memory import GB, resident_gb
-from training.model import count_parameters, unwrap
+from training.model import LORA_TARGETS, count_parameters, numel, unwrap
 from training.objective import branch_roles
 from training.plan import Plan, PlannedStage
 from training.preference import needed
@@ -18,6 +20,9 @@ from training.preference import needed
 # number: 34 without recomputation, 2 with it (Korthikanti et al. 2022, arXiv 2205.05198, equations 2 and section 5; flash
 # attention keeps no scores).
 KEPT, KEPT_CHECKPOINTED = 34, 2
+# Bytes of a quantised weight: nf4 with double quantisation takes 4.127 bits (arXiv 2305.14314, section 3), int8 a scale per row.
+QUANTIZED = {"nf4": 4.127 / 8, "int8": 1.0}
+ADAM = {"adamw": 8, "adamw_8bit": 2}        # bytes of both moments
 
 
 def picture_tokens(plan: Plan, encoder: Encoder, sample: int = 500) -> np.ndarray:
@@ -63,8 +68,11 @@ def memory_gb(model: nn.Module, recipe: Recipe, text_tokens: float, image_tokens
         activations += KEPT * size / 2 * rows * 4 * image_tokens * vision.hidden_size * vision.depth
     # Without a GPU, the libraries stand in the same memory as the model. This process has them loaded, and no weights.
     libraries = {} if torch.cuda.is_available() else {"libraries": resident_gb()}
-    return {**libraries, "weights": (total - trained * (recipe.lora is not None)) * size / GB,
-            "trained weights, gradients, Adam": trained * 16 / GB,
+    few = QUANTIZED.get(recipe.model.quantize)
+    packed = 0 if few is None else sum(numel(module.weight) for name, module in model.named_modules()
+                                       if isinstance(module, nn.Linear) and re.search(LORA_TARGETS["language"] + r"(\.base_layer)?$", name))
+    return {**libraries, "weights": ((total - trained * (recipe.lora is not None) - packed) * size + packed * (few or 0)) / GB,
+            "trained weights, gradients, Adam": trained * (8 + ADAM[recipe.optim.name]) / GB,
             "activations": activations / GB,
             "logits of answers": 3 * 4 * rows * answer_tokens * text.vocab_size / GB}
 

@@ -4,13 +4,15 @@ import functools
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable
+from math import prod
 from operator import itemgetter
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.table import Table
 from torch import nn
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutput
 
 from data_prep.encode import SLOT_TOKEN, Encoder
@@ -50,10 +52,25 @@ def load_base(model: Model) -> Qwen2_5_VLForConditionalGeneration:
     load_config(model)
     try:
         base = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            model.name, revision=model.revision, dtype=model.dtype, attn_implementation=model.attention)
+            model.name, revision=model.revision, dtype=model.dtype, attn_implementation=model.attention, **quantization(model))
     except ImportError as error:
         raise RecipeError(f"model.attention: {' '.join(str(error).split())}") from error
     return base.requires_grad_(False)
+
+
+def quantization(model: Model) -> dict[str, Any]:
+    """The arguments of from_pretrained that quantise the language tower's linear layers, as the recipe says."""
+    if model.quantize is None:
+        return {}
+    # "visual" alone would skip nothing: the library compares whole names from the root.
+    common = {"llm_int8_skip_modules": ["model.visual", "lm_head"]}
+    if model.quantize == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True, **common)
+    else:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                    bnb_4bit_compute_dtype=getattr(torch, model.dtype), **common)
+    where = {"device_map": {"": torch.cuda.current_device()}} if torch.cuda.is_available() else {}
+    return {"quantization_config": config, **where}
 
 
 def empty_base(model: Model) -> Qwen2_5_VLForConditionalGeneration:
@@ -231,9 +248,16 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
     """Per tower: number of parameters in all (`total`) and trained (`trained`)."""
     counts: dict[str, dict[str, int]] = {tower: {"total": 0, "trained": 0} for tower in TOWERS}
     for name, parameter in model.named_parameters():
-        counts[tower_of(name)]["total"] += parameter.numel()
-        counts[tower_of(name)]["trained"] += parameter.numel() * parameter.requires_grad
+        size = numel(parameter)
+        counts[tower_of(name)]["total"] += size
+        counts[tower_of(name)]["trained"] += size * parameter.requires_grad
     return counts
+
+
+def numel(parameter: nn.Parameter) -> int:
+    """Numbers in a parameter; of one in 4 bits those that it stands for, as two of them share a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else prod(state.shape)
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:

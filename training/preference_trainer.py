@@ -76,8 +76,9 @@ class VisionDPOTrainer(RecipeTrainer, DPOTrainer):
         # Policy and reference see the same picture features when nothing that makes them is trained.
         self.shared_features = not (recipe.trains("vision") or recipe.trains("merger"))
         draws = Dataset.from_dict({"draw": range(len(collator.plan))})
-        super().__init__(model=model, ref_model=reference, args=args, data_collator=collator, train_dataset=draws,
-                         processing_class=collator.encoder.tokenizer, callbacks=list(callbacks))
+        with self._adapter_as_it_is(model):
+            super().__init__(model=model, ref_model=reference, args=args, data_collator=collator, train_dataset=draws,
+                             processing_class=collator.encoder.tokenizer, callbacks=list(callbacks))
         if isinstance(model, PeftModel):
             if recipe.model.adapter is None:
                 model.delete_adapter(REFERENCE)         # of a fresh adapter: the same as none

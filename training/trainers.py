@@ -1,12 +1,14 @@
 """Thin subclasses of TRL's trainers. No method lives here: batches carry views and weights, losses are pure functions."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -36,7 +38,8 @@ def arguments(recipe: Recipe, run_dir: Path, *, world_size: int = 1, deepspeed: 
         learning_rate=max(recipe.optim.lr.vision, recipe.optim.lr.merger, recipe.optim.lr.language),
         lr_scheduler_type=recipe.optim.schedule, warmup_steps=recipe.optim.warmup_steps,
         weight_decay=recipe.optim.weight_decay, adam_beta1=recipe.optim.betas[0], adam_beta2=recipe.optim.betas[1],
-        max_grad_norm=recipe.optim.clip, optim="adamw_torch",
+        max_grad_norm=recipe.optim.clip,
+        optim="adamw_torch" if recipe.optim.name == "adamw" else "paged_adamw_8bit" if cuda else "adamw_bnb_8bit",
         # On a CPU, TRL's defaults mean bf16 autocast and checkpointing, both slower than doing without.
         use_cpu=not cuda, bf16=cuda and recipe.model.dtype == "bfloat16",
         gradient_checkpointing=recipe.model.checkpointing,
@@ -63,6 +66,16 @@ class RecipeTrainer(Guarded, Balanced):
     """
 
     recipe: Recipe
+
+    @staticmethod
+    @contextmanager
+    def _adapter_as_it_is(model: nn.Module) -> Iterator[None]:
+        """TRL rounds the adapter of a quantised model to bfloat16, in which an update a thousand times smaller than its weight is
+        lost. Here it stays what it was."""
+        kept = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+        yield
+        for parameter, data in kept:
+            parameter.data = data.to(parameter.device)
 
     def _quiet(self) -> None:
         self.remove_callback(PrinterCallback)       # the progress bar and metrics.jsonl say the same
@@ -164,8 +177,9 @@ class VisionSFTTrainer(RecipeTrainer, SFTTrainer):
     def __init__(self, model, recipe: Recipe, collator: Collator, args: SFTConfig, callbacks: list[TrainerCallback] = ()) -> None:
         self.recipe = recipe
         draws = Dataset.from_dict({"draw": range(len(collator.plan))})
-        super().__init__(model=model, args=args, data_collator=collator, train_dataset=draws,
-                         processing_class=collator.encoder.tokenizer, callbacks=list(callbacks))
+        with self._adapter_as_it_is(model):
+            super().__init__(model=model, args=args, data_collator=collator, train_dataset=draws,
+                             processing_class=collator.encoder.tokenizer, callbacks=list(callbacks))
         add_answer_logits(unwrap(self.model))
         self._counted: dict[str, torch.Tensor] = {}     # since the last log: sums over trained tokens, and their number
         self._tokens: torch.Tensor | None = None        # trained tokens of the optimizer step, over micro-batches and ranks
