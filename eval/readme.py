@@ -215,8 +215,8 @@ def name_of(recipe: Path) -> str:
 
 
 def recipe_files(root: Path) -> list[Path]:
-    """Every recipe below recipes/; mixtures and pipelines are none."""
-    return sorted(path for path in (root / "recipes").rglob("*.yaml") if path.parent.name not in ("mixtures", "pipelines"))
+    """Every recipe below recipes/; mixtures, pipelines and examples of launching are none."""
+    return sorted(path for path in (root / "recipes").rglob("*.yaml") if path.parent.name not in ("mixtures", "pipelines", "launch"))
 
 
 def header(path: Path) -> dict[str, str]:

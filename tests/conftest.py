@@ -3,6 +3,7 @@
 Nothing here reaches the network, and everything that imports torch does so when a test asks for it.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -122,6 +123,12 @@ def write_tiny(folder: Path) -> Path:
             torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
     return folder
+
+
+def pytest_collection_finish(session) -> None:
+    """Trainers collect garbage at their end, which takes longer than a step where it goes through all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Balance methods inside the trainers: what each does to an optimizer step, and that nothing else changes."""
 
 import copy
-import gc
 import json
 import math
 import pickle
@@ -32,15 +31,6 @@ from .test_train import norm_of, seeded
 
 SIDED = {"both": 0.5, "vision": 0.5}
 NEEDED = {"random_factors": {"of": "runs/nowhere"}}     # what a section cannot do without, beside a probe
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections(tiny):
-    """Trainers collect garbage at their end, which takes longer than a step where it goes through all that was imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class EveryGradient(TrainerCallback):

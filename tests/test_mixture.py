@@ -322,6 +322,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(recipe_file):
         for expected, batch in zip(epochs[0], other):
             assert set(batch) == set(expected) and batch.pop("stage") == expected["stage"] == 0 and batch.pop("roles") == {}
             assert (batch.pop("views") == expected["views"]).all()
+            assert batch.pop("draws") == expected["draws"]
             assert all((batch[key] == expected[key]).all() for key in batch)
 
 

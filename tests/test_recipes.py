@@ -17,7 +17,7 @@ from training.strict import read_yaml
 from .pairs_for_tests import pairs_of, written
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = sorted(path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name not in ("mixtures", "pipelines"))
+RECIPES = sorted(path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name not in ("mixtures", "pipelines", "launch"))
 PIPELINES = sorted((ROOT / "recipes" / "pipelines").glob("*.yaml"))
 MIXTURES = sorted((ROOT / "recipes" / "mixtures").glob("*.yaml"))
 

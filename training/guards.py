@@ -61,9 +61,9 @@ class Guarded:
         draws = [[plan.draw(number) for number in batch["draws"]] for batch in self._step_batches]
         rank = self.args.process_index
         file = Path(self.recipe.run_dir) / ("non_finite.json" if self.args.world_size == 1 else f"non_finite-rank{rank}.json")
-        batches = [{"loss": _number(loss), "problems": [{"source": draw.source, "view": draw.view and draw.view.value,
-                                                         "ids": list(plan.ids(draw))} for draw in part]}
-                   for loss, part in zip(self._losses, draws)]
+        batches = [{"loss": _number(loss), "problems": [{"draw": number, "ids": list(plan.ids(draw))}
+                                                         for number, draw in zip(batch["draws"], part)]}
+                   for loss, batch, part in zip(self._losses, self._step_batches, draws)]
         write_json(file, {"step": self.state.global_step + 1, "skipped_steps": self._skipped, "gradient_norm": _number(norm),
                           "micro_batches": batches})
         return file

@@ -142,6 +142,8 @@ def _problem(world: World, name: str, text: str, answer: str, options: tuple[str
 class TwinStream:
     """An endless mixture of fresh worlds: conversation n is a function of the seed, n and the level reached."""
 
+    branch_probe = gap_probe = None         # nothing is held out from it
+
     def __init__(self, stage: Stage, seed: int) -> None:
         self.stage, self.seed, self.level = stage, seed, stage.levels
 
@@ -150,6 +152,9 @@ class TwinStream:
 
     def draw(self, number: int) -> int:
         return number
+
+    def ids(self, number: int) -> tuple[str, ...]:
+        return (f"{self.stage.name}-{number}",)
 
     def world(self, number: int) -> World:
         return self._sample(number)[1]
