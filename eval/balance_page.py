@@ -30,7 +30,8 @@ def block(cost: Mapping, bases: Mapping[str, Mapping]) -> list[str]:
         rows.append(row)
     steps = sorted({(run["name"].startswith(LONG), run["seeds"][0]["steps"]) for summary in bases.values() for run in summary["runs"]
                     if run["seeds"][0]["steps"] and run["name"].startswith(PLAIN)})
-    text = (f"Time of a step: median and range over {cost['recipes'][-1]['repeats']} blocks against plain blocks beside them in one run "
+    text = (f"Time of a step: {cost['clock']}, median and range over {cost['recipes'][-1]['repeats']} blocks against plain blocks beside "
+            "them in one run "
             f"({cost['device']}, {cost['threads']} thread{'s' * (cost['threads'] != 1)}). Changes of the gap in points, with 95 % "
             "intervals paired by item and clustered by group; negative is better. Same compute: ")
     longer = [count for long, count in steps if long]

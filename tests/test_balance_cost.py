@@ -65,7 +65,8 @@ def test_blocks_hold_whole_periods(balance, steps, expected):
 
 def test_the_clock_starts_after_the_warm_up_and_stops_training(monkeypatch):
     clock, control, state = Clock([3, 2]), SimpleNamespace(should_training_stop=False), SimpleNamespace(global_step=0)
-    monkeypatch.setattr(balance_cost.time, "perf_counter", lambda: 10.0 * state.global_step)
+    clock.wait = False
+    monkeypatch.setattr(balance_cost.time, "process_time", lambda: 10.0 * state.global_step)
     while not control.should_training_stop:
         state.global_step += 1
         clock.on_step_end(None, state, control)
@@ -102,7 +103,7 @@ def test_a_small_run(place, tmp_path, capsys):
     balance_cost.main(["--out", str(out), "--plain", str(tmp_path / "plain.yaml"), "--recipes", str(factors), str(warm),
                        "--steps", "2", "--repeats", "1"])
     found = json.loads(out.read_text(encoding="utf-8"))
-    assert set(found) == {"commit", "dirty", "packages", "python", "device", "cores", "threads", "seed", "batch", "micro_batch",
+    assert set(found) == {"commit", "dirty", "packages", "python", "device", "clock", "cores", "threads", "seed", "batch", "micro_batch",
                           "model", "model_sha256", "data_sha256", "recipes"}
     assert set(found["data_sha256"]) == {"plain-mixture.yaml", "train.jsonl"}
     assert [[row[key] for key in WHAT] for row in found["recipes"]] == [

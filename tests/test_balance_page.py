@@ -24,7 +24,7 @@ def summary(ending: str, changes: dict[tuple[str, str], float], shares: dict[str
 
 
 def cost(**ratios: float) -> dict:
-    return {"device": "cpu", "threads": 1, "recipes": [
+    return {"device": "cpu", "clock": "processor time", "threads": 1, "recipes": [
         {"name": name.replace("_", "-"), "ratio": ratio, "ratio_low": ratio - 0.05, "ratio_high": ratio + 0.05, "repeats": 5}
         for name, ratio in ratios.items()]}
 
