@@ -1,6 +1,6 @@
 """Train a recipe.
 
-    python train.py RECIPE [key=value ...] [--dry-run] [--resume]
+    python train.py RECIPE [key=value ...] [--dry-run] [--resume [--allow-changes]]
     deepspeed train.py RECIPE --deepspeed ds_configs/zero2.json
 
 No method lives here: a recipe names the mixture, the losses and the pace of each tower; training/ builds them.
@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr.vision=1e-4; recorded in the run folder")
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained, on what, and stop")
     parser.add_argument("--resume", action="store_true", help="continue the run in run_dir, if there is one")
+    parser.add_argument("--allow-changes", action="store_true", help="with --resume: the recipe or the data may have changed since the run "
+                        "began; what changed, and at which step, is recorded")
     parser.add_argument("--deepspeed", metavar="JSON", help="a DeepSpeed configuration, see ds_configs/")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)     # launchers pass it
     return parser.parse_intermixed_args(argv)       # overrides may follow options
@@ -46,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     try:
         recipes = load_pipeline(args.recipe, args.overrides)
+        if args.allow_changes and not args.resume:
+            raise RecipeError("--allow-changes: goes together with --resume; a run that begins has nothing that it could change")
         if args.deepspeed and not Path(args.deepspeed).is_file():
             raise RecipeError(f"--deepspeed: no such file: {args.deepspeed}")
         for recipe in recipes:
@@ -53,15 +58,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.dry_run:
                 dry_run(recipe)
             else:
-                train(recipe, resume=args.resume, deepspeed=args.deepspeed)
+                train(recipe, resume=args.resume, allow_changes=args.allow_changes, deepspeed=args.deepspeed)
     except (RecipeError, ProblemError) as error:
         raise SystemExit(f"error: {error}") from error
     except OSError as error:
         raise SystemExit(f"error: {' '.join(str(error).split())}") from error
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":      # torch's, which is not imported here
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":      # torch's, which is not imported here
+            raise SystemExit(OUT_OF_MEMORY) from error
+        from training.run import file_trouble
+
+        if (sentence := file_trouble(error)) is None:
             raise
-        raise SystemExit(OUT_OF_MEMORY) from error
+        raise SystemExit(f"error: {sentence}") from error
     except KeyboardInterrupt:
         words = [args.recipe, *args.overrides, *(("--deepspeed", args.deepspeed) if args.deepspeed else ()), "--resume"]
         print(f"\nstopped; continue with: python train.py {shlex.join(words)}", file=sys.stderr)
@@ -88,21 +97,25 @@ def dry_run(recipe) -> None:
     console.print(estimate_table(model, recipe, plan, encoder))
 
 
-def train(recipe, *, resume: bool, deepspeed: str | None = None) -> None:
+def train(recipe, *, resume: bool, allow_changes: bool = False, deepspeed: str | None = None) -> None:
     import transformers
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
     from training.build import arguments_of, build_trainer
-    from training.callbacks import MarkComplete, Metrics, RestartOptimizer, last_checkpoint
+    from training.callbacks import MarkComplete, Metrics, RestartOptimizer, step_of
     from training.collate import load_encoder
     from training.model import load_base, prepare, tower_table
     from training.plan import Plan
     from training.run import RunFolder
+    from training.sharding import check_checkpoint, config_of, ranks_of
+    from training.universal import universal, universal_settings
 
+    deepspeed = config_of(deepspeed)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     console = libraries.console(quiet=rank != 0)
-    folder = RunFolder(recipe, resume=resume or rank > 0)       # rank 0 decides; it may have begun the folder already
+    # Rank 0 decides; it may have begun the folder already.
+    folder = RunFolder(recipe, resume=resume or rank > 0, allow_changes=allow_changes)
     if folder.finished:
         console.print(f"{folder.path} is finished: {recipe.steps} steps, {folder.info['seconds']:.0f} s")
         return
@@ -110,13 +123,21 @@ def train(recipe, *, resume: bool, deepspeed: str | None = None) -> None:
     transformers.set_seed(recipe.seed)
     plan = Plan(recipe)
     encoder = load_encoder(recipe.model)
+    hashes, checkpoint = plan.hashes | adapter_hash(recipe), folder.checkpoint
+    folder.check_data(hashes)
+    if checkpoint is not None:
+        plan.check(checkpoint, step_of(checkpoint), changed=allow_changes)
+        check_checkpoint(checkpoint, deepspeed, world_size)
+    other_ranks = checkpoint is not None and ranks_of(checkpoint) not in (0, world_size)
+    if other_ranks:
+        deepspeed = universal_settings(deepspeed)
     arguments = arguments_of(recipe, world_size=world_size, deepspeed=deepspeed)
     model = prepare(load_base(recipe.model), recipe, encoder)
     console.print(tower_table(model, recipe))
     for stage in plan.stages:
         console.print(stage.table(encoder))
     if rank == 0:
-        folder.start(plan.hashes | adapter_hash(recipe))
+        folder.start(hashes)
     metrics = Metrics(run_dir / "metrics.jsonl", recipe.batch)
     callbacks = [MarkComplete(recipe.save.keep, plan.save), RestartOptimizer(recipe), metrics]
     if rank == 0:
@@ -127,11 +148,10 @@ def train(recipe, *, resume: bool, deepspeed: str | None = None) -> None:
 
         cache = Path(recipe.preference.cache or run_dir / "reference")
         trainer.data_collator.reference = ahead_of_training(trainer, cache, key_of(recipe, plan, encoder, trainer.model))
-    checkpoint = last_checkpoint(run_dir)
     if checkpoint is not None:
-        plan.check(checkpoint, int(checkpoint.name.rpartition("-")[2]))
         console.print(f"continuing from {checkpoint}")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with universal(checkpoint) if other_ranks else nullcontext(checkpoint) as begun:
+        trainer.train(resume_from_checkpoint=str(begun) if begun else None)
     kind = "model" if recipe.lora is None else "adapter"
     save(trainer, run_dir / kind)
     if rank == 0:

@@ -6,6 +6,7 @@ is missing, cut off, animated or too large is one clear `ProblemError`, whatever
 
 import hashlib
 import io
+import re
 import warnings
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -30,8 +31,20 @@ UPRIGHT = {
 }
 
 
+def one_line(message: str, longest: int = 500) -> str:
+    """A message that data may have a say in, as one line that a terminal shows as it is; of a longer one the beginning and the end."""
+    line = "".join(char if char.isprintable() else " " if char.isspace() else "\ufffd" for char in message)
+    half = (longest - 5) // 2
+    return line if len(line) <= longest else f"{line[:half]} ... {line[-half:]}"
+
+
 class ProblemError(ValueError):
-    """Something is wrong with a problem: "<file>:<line>: <field>: <what is wrong>" when it comes from a file."""
+    """Something is wrong with a problem: "<file>:<line>: <field>: <what is wrong>" when it comes from a file. One line."""
+
+    def __init__(self, message: str = "") -> None:
+        # A data loader raises what a worker raised anew, with the worker's whole traceback as the message; what was said ends it.
+        said = re.sub(r"(?s)\ACaught ProblemError in .*\n[\w.]*ProblemError: ", "", message)
+        super().__init__(one_line(said))
 
 
 def picture_path(root: Path, image: str) -> Path:
@@ -54,7 +67,7 @@ def picture_path(root: Path, image: str) -> Path:
         if path.stat().st_size == 0:
             raise ProblemError(f"{image!r} is empty (0 bytes)")
     except (OSError, RuntimeError) as error:  # a name too long, a loop of links, a folder that may not be read
-        raise ProblemError(f"{image!r} cannot be reached ({error})") from error
+        raise ProblemError(f"{image!r} cannot be reached ({getattr(error, 'strerror', None) or error})") from error
     return path
 
 

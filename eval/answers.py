@@ -15,14 +15,20 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.images import one_line
+
 # A gap between runs that differ in one of these would measure the setting.
 SETTINGS = ("parser", "mode", "rationale", "max_new_tokens", "pixels")
 ORDER = ("both", "text", "vision", "blind", "white", "black", "gray", "noise", "shuffled", "conflict", "other_facts", "rendered")
 FIELDS = ("task", "view", "id", "group", "gold", "pred", "correct")
+NAMES, LISTS = ("task", "view", "id", "group"), ("choices", "options")    # what is text, and what is a list of texts or null
 
 
 class AnswersError(ValueError):
     """Output folders that cannot be read or compared; the message is one sentence that says which and why."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ def read_run(folder: str | Path) -> Run:
     for key in (*SETTINGS, "tasks"):
         if key not in info:
             raise AnswersError(f"{folder / 'run.json'} has no '{key}', so its answers cannot be compared")
+    _check_info(info, folder / "run.json")
     if info.get("finished") is False:
         raise AnswersError(f"the evaluation in {folder} was cut short; the same eval.run command completes it")
     rows: dict[tuple[str, str], dict[str, dict]] = {}
@@ -91,7 +98,7 @@ def read_run(folder: str | Path) -> Run:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             raise AnswersError(f"{path}:{number}: not a JSON object; was the evaluation cut off? Run it again to "
                                "complete it") from None
         _check(row, f"{path}:{number}")
@@ -202,6 +209,21 @@ def _check(row, place: str) -> None:
     missing = [field for field in FIELDS if field not in row]
     if missing:
         raise AnswersError(f"{place}: no field '{missing[0]}'")
+    for name in NAMES:
+        if not _is_text(row[name]):
+            raise AnswersError(f"{place}: '{name}' is {_short(row[name])}, not text")
+    for name in LISTS:
+        if not (row.get(name) is None or isinstance(row[name], list) and all(isinstance(one, str) for one in row[name])):
+            raise AnswersError(f"{place}: '{name}' is {_short(row[name])}, not a list of texts")
+    for name, kind, said in (("pred", str, "text"), ("question", str, "text"), ("text", str, "text"), ("finish", str, "text"),
+                             ("meta", dict, "an object"), ("scores", list, "a list"), ("answer_tokens", int, "a number"),
+                             ("image", (str, list), "a path or several")):
+        if not (row.get(name) is None or isinstance(row[name], kind)):
+            raise AnswersError(f"{place}: '{name}' is {_short(row[name])}, not {said} or null")
+    if isinstance(row.get("image"), list) and not all(isinstance(one, str) for one in row["image"]):
+        raise AnswersError(f"{place}: 'image' is {_short(row['image'])}, not a path or several or null")
+    if isinstance(row.get("scores"), list) and not all(isinstance(one, (int, float)) for one in row["scores"]):
+        raise AnswersError(f"{place}: 'scores' is {_short(row['scores'])}, not a list of numbers")
     if not isinstance(row["correct"], bool):
         raise AnswersError(f"{place}: 'correct' is {row['correct']!r}, not true or false")
     # An answer that is right in one field and wrong in another would be counted by chance.
@@ -210,6 +232,33 @@ def _check(row, place: str) -> None:
     if row.get("choices") and row["correct"] != (row["pred"] == row["gold"]):
         raise AnswersError(f"{place}: 'correct' is {str(row['correct']).lower()}, but pred is {row['pred']!r} and gold "
                            f"is {row['gold']!r}")
+
+
+def _check_info(info: dict, path: Path) -> None:
+    """AnswersError where run.json holds something else than eval.run writes into it, of what is used of it."""
+    tasks = info["tasks"]
+    if not isinstance(tasks, dict) or not all(isinstance(one, dict) for one in tasks.values()):
+        raise AnswersError(f"{path}: 'tasks' is {_short(tasks)}, not an object of objects")
+    for task, one in tasks.items():
+        if not (one.get("n") is None or type(one["n"]) is int):
+            raise AnswersError(f"{path}: tasks.{task}: 'n' is {_short(one['n'])}, not a number")
+        for key in ("data", "root", "sha256"):
+            if not (one.get(key) is None or _is_path(one[key])):
+                raise AnswersError(f"{path}: tasks.{task}: '{key}' is {_short(one[key])}, not text")
+    for key in ("label", "model", "adapter"):
+        if not (info.get(key) is None or _is_path(info[key])):
+            raise AnswersError(f"{path}: '{key}' is {_short(info[key])}, not text")
+    if not (info.get("finished") is None or isinstance(info["finished"], bool)):
+        raise AnswersError(f"{path}: 'finished' is {_short(info['finished'])}, not true or false")
+
+
+def _is_text(value) -> bool:
+    """Whether the value is text that can be written again: half of a surrogate pair cannot."""
+    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
+
+
+def _is_path(value) -> bool:
+    return _is_text(value) and "\0" not in value
 
 
 def _label(runs: Sequence[Run]) -> str:
@@ -226,7 +275,7 @@ def _items(run: Run, task: str) -> dict[str, dict]:
 def _json(path: Path) -> dict:
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AnswersError(f"cannot read {path}: {error}") from None
     if not isinstance(info, dict):
         raise AnswersError(f"{path} is not a JSON object")
@@ -235,7 +284,7 @@ def _json(path: Path) -> dict:
 
 def _short(value) -> str:
     text = json.dumps(value, sort_keys=True)
-    return text if len(text) <= 24 or isinstance(value, dict) else text[:13] + '..."'
+    return text if len(text) <= 24 or isinstance(value, dict) and len(text) <= 100 else text[:13] + '..."'
 
 
 def sides_of(runs: dict[str, Side | Sequence[str | Path] | str]) -> list[Side]:

@@ -21,6 +21,7 @@ import jinja2
 import numpy as np
 from PIL import Image, ImageOps
 
+from data_prep.images import FORMATS
 from data_prep.problem import NO_PICTURE, ProblemError, read_problems
 from data_prep.provenance import file_sha256
 from data_prep.read import as_tuple
@@ -225,21 +226,22 @@ def picture(sides: Sequence[Side], task: str, image: str | None) -> tuple[Pictur
         if root is None:
             continue
         for base in (Path(root), run.folder / root):
-            path = (base / image).resolve()
-            if not path.is_relative_to(base.resolve()):
-                return None, "its path leaves the folder of pictures"
-            if path.is_file():
-                try:
+            try:
+                path = (base / image).resolve()
+                if not path.is_relative_to(base.resolve()):
+                    return None, "its path leaves the folder of pictures"
+                if path.is_file():
                     return _embed(path), ""
-                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                    return None, f"the picture cannot be read ({type(error).__name__})"
+            # a loop of links, a name with a zero byte or too long, or what Pillow's readers raise on a broken file
+            except (OSError, ValueError, RuntimeError, SyntaxError, Image.DecompressionBombError) as error:
+                return None, f"the picture cannot be read ({type(error).__name__})"
         reason = f"picture not found: {image}"
     return None, reason
 
 
 def _embed(path: Path) -> Picture:
     # Written anew, never copied: a photograph's metadata (place, camera) does not belong on a page that is sent around.
-    with Image.open(path) as file:
+    with Image.open(path, formats=FORMATS) as file:
         photo = file.format == "JPEG"
         shown = ImageOps.exif_transpose(file)
         shown.thumbnail((SIDE_PIXELS, SIDE_PIXELS))
@@ -281,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         page = build(parse_runs(args.runs), sample=args.sample, seed=args.seed)
     except (AnswersError, stats.StatsError) as error:
-        sys.exit(str(error))
+        sys.exit(f"error: {error}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(page, encoding="utf-8", errors="replace", newline="\n")  # answers may hold lone surrogates
     print(f"wrote {args.out.as_posix()}")

@@ -173,13 +173,19 @@ def run(args: argparse.Namespace, load: Any) -> None:
                                               "max_new_tokens", "dtype", "pixels")])
     started = time.perf_counter()
     left = (request for request in _requests(asked, fixed, args.rationale, args.corrupt) if request.key not in done)
-    with answers.open("a", encoding="utf-8") as file, \
-            tqdm(total=len(asked), desc=args.label or args.out.name, unit="answer", mininterval=2) as bar:
-        bar.update(len(done))
-        for rows in (_served if args.endpoint else _loaded)(answerer, left, args):
-            file.writelines(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
-            file.flush()
-            bar.update(len(rows))
+    try:
+        # Half of a surrogate pair, which a server may send, is written as JSON escapes it.
+        with answers.open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file, \
+                tqdm(total=len(asked), desc=args.label or args.out.name, unit="answer", mininterval=2) as bar:
+            bar.update(len(done))
+            for rows in (_served if args.endpoint else _loaded)(answerer, left, args):
+                file.writelines(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
+                file.flush()
+                bar.update(len(rows))
+    except OSError as error:
+        if error.filename is None and error.errno is not None:     # of a write, which does not say where to
+            raise OSError(error.errno, error.strerror, str(answers)) from error
+        raise
     seconds = info.get("seconds", 0) + time.perf_counter() - started
     write_json(args.out / "run.json", {**info, "seconds": round(seconds, 1), "finished": True})
     print(f"{answers}: {len(asked)} answers, {seconds:.0f} s")
@@ -218,9 +224,11 @@ def _open(args: argparse.Namespace, settings: dict[str, Any], origin: dict[str, 
     """
     path = args.out / "run.json"
     if path.exists():
-        old = {"rationale": False, **json.loads(path.read_text(encoding="utf-8"))}     # older runs knew no rationale
+        old = {"rationale": False, **_recorded(path)}       # older runs knew no rationale
         if differing := [key for key in dict.fromkeys((*settings, "corrupt")) if old.get(key) != settings.get(key)]:
             raise TaskError(f"{args.out} holds answers of another run; it differs in {', '.join(differing)}: give another --out")
+        if not isinstance(old.get("seconds", 0), (int, float)) or origin and not isinstance(old.get("endpoints"), list):
+            raise TaskError(f"{path}: is damaged: its seconds are no number, or it has no list of endpoints; give another --out")
         if origin and origin not in old["endpoints"]:
             old["endpoints"].append(origin)
             write_json(path, old)
@@ -228,7 +236,7 @@ def _open(args: argparse.Namespace, settings: dict[str, Any], origin: dict[str, 
     # Beside the adapter of a finished run, or above a checkpoint of one.
     beside = [folder / "run.json" for folder in list(Path(args.adapter).parents)[:2]] if args.adapter else []
     recipe = next((path for path in beside if path.exists()), None)
-    trained = json.loads(recipe.read_text(encoding="utf-8")) if recipe else None
+    trained = _recorded(recipe) if recipe else None
     info = {**settings, **parents(), "label": args.label or args.out.name, "seed": args.seed,
             "device": None if origin else _device(), "training": trained, "seconds": 0, "finished": False,
             **({"endpoints": [origin]} if origin else {})}
@@ -242,15 +250,38 @@ def _device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
+def _recorded(path: Path) -> dict[str, Any]:
+    """A run.json. Raises TaskError where it cannot be read."""
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise TaskError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(info, dict):
+        raise TaskError(f"{path}: cannot be read: is no JSON object")
+    return info
+
+
 def _whole_lines(path: Path) -> set[str]:
-    """Keys of the answers already there; a last line that a killed process left half written is cut off."""
+    """Keys of the answers already there; a last line that a killed process left half written is cut off.
+
+    Raises TaskError where another line is no answer: what damaged it may have damaged others too.
+    """
     if not path.exists():
         return set()
     data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        path.write_bytes(whole)
-    return {json.loads(line)["key"] for line in whole.decode("utf-8").splitlines()}
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)        # in place: there may be no room to write the rest again
+    keys = set()
+    for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
+        try:
+            key = json.loads(line.decode("utf-8"))["key"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            key = None
+        if not isinstance(key, str) or key in keys:
+            raise TaskError(f"{path}:{number}: is no answer of its own, so the file is damaged: give another --out, or remove the line")
+        keys.add(key)
+    return keys
 
 
 def _requests(asked: Sequence[tuple[Task, Problem, View, Problem | None]], fixed: str, rationale: bool = False,

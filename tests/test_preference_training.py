@@ -10,9 +10,12 @@ from safetensors.torch import load_file
 
 from data_prep.encode import Encoder
 from data_prep.pair import Pair
+from data_prep.problem import ProblemError
+from training.collate import load_encoder
 from training.collate_pairs import PairCollator, Rows
 from training.config import load_recipe
 from training.model import load_base, prepare, unwrap
+from training.plan import Plan
 from training.preference import BLIND, CHOSEN, OTHER_IMAGE, REJECTED, Side
 from training.preference_trainer import as_reference, dpo_arguments
 
@@ -42,6 +45,20 @@ def pair_file(twins, pairs, recipe_file, tmp_path):
 
 def losses(run_dir: Path) -> list[float]:
     return [row["loss"] for row in metrics(run_dir)]
+
+
+def test_a_pair_too_long_for_the_model_is_named(pair_file, pairs):
+    """As in supervised training: with its side, before the model is asked for positions that it has none for."""
+    recipe = load_recipe(pair_file({"conditional": 1.0}, rows=pairs[:2]))
+    collator = PairCollator(Plan(recipe), load_encoder(recipe.model), recipe)
+    batch = collator([{"draw": 0}])
+    longest = int(batch["learn"]["attention_mask"].sum(1).max())
+    collator.encoder.longest = longest
+    collator([{"draw": 0}])
+    collator.encoder.longest = longest - 1
+    said = rf"({pairs[0].id}|{pairs[1].id}): (chosen|rejected): {longest} tokens together, and the model has positions for {longest - 1}: lower"
+    with pytest.raises(ProblemError, match=said):
+        collator([{"draw": 0}])
 
 
 # --- the same as stock TRL -----------------------------------------------------------------------------------------------

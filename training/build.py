@@ -7,6 +7,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from data_prep.encode import Encoder
+from training import sharding
 from training.balance.methods import check, showing_of
 from training.collate import Collator
 from training.collate_pairs import PairCollator
@@ -17,13 +18,18 @@ from training.preference_trainer import VisionDPOTrainer, dpo_arguments
 from training.trainers import VisionSFTTrainer, sft_arguments
 
 
-def arguments_of(recipe: Recipe, *, world_size: int = 1, deepspeed: str | None = None) -> TrainingArguments:
+def arguments_of(recipe: Recipe, *, world_size: int = 1, deepspeed: str | dict | None = None) -> TrainingArguments:
     """The recipe in its trainer's words.
 
     Raises:
-        RecipeError: the batch cannot be divided over the ranks, the library refuses a value, or the balance method this way.
+        RecipeError: the batch cannot be divided over the ranks, the library refuses a value, or the recipe cannot be trained this
+            way.
     """
     check(recipe, deepspeed=deepspeed is not None)
+    if deepspeed is not None:
+        if reason := sharding.refusal(recipe, sharding.stage_of(sharding.settings_of(deepspeed))):
+            raise RecipeError(reason)
+        sharding.begin()
     arguments = sft_arguments if recipe.preference is None else dpo_arguments
     try:
         return arguments(recipe, Path(recipe.run_dir), world_size=world_size, deepspeed=deepspeed)

@@ -1,7 +1,9 @@
 """What happens around the steps of training: checkpoints marked as whole, the log and its progress bar, restarts of the optimizer."""
 
 import json
+import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -34,7 +36,7 @@ class MarkComplete(TrainerCallback):
         if self.also is not None:
             self.also(folder, state.global_step)
         (folder / COMPLETE).touch()
-        for old in sorted(Path(args.output_dir).glob("checkpoint-*"), key=_step_of)[:-self.keep]:
+        for old in sorted(checkpoints(Path(args.output_dir)), key=step_of)[:-self.keep]:
             (old / COMPLETE).unlink(missing_ok=True)
             shutil.rmtree(old)
 
@@ -57,6 +59,7 @@ class Metrics(TrainerCallback):
 
     def __init__(self, path: Path, batch: int) -> None:
         self.path, self.batch = path, batch
+        self._bar = None
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self._bar = None
@@ -72,12 +75,14 @@ class Metrics(TrainerCallback):
     def _forget_after(self, step: int) -> float:
         """Drop the lines after the checkpoint that a run continues from, which are logged again; seconds up to there."""
         rows = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else ():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:        # cut off when the process was killed
+                row = json.loads(line)
+                if 0 <= row["step"] <= step and math.isfinite(row.get("seconds", 0.0)):
+                    rows.append(row)
+            except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
+                # Cut off when the process was killed, or damaged: a log is not worth a run.
                 continue
-        rows = [row for row in rows if row["step"] <= step]
         part = self.path.with_name(self.path.name + ".part")
         part.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
         os.replace(part, self.path)
@@ -105,15 +110,24 @@ class Metrics(TrainerCallback):
             file.write(json.dumps(row) + "\n")
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the progress bar, also of a training that failed: an error's sentence stands in a line of its own then."""
         if self._bar is not None:
             self._bar.close()
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint that was written to its end."""
-    whole = [mark.parent for mark in (run_dir / "checkpoints").glob(f"checkpoint-*/{COMPLETE}")]
-    return max(whole, key=_step_of, default=None)
+    whole = [folder for folder in checkpoints(run_dir / "checkpoints") if (folder / COMPLETE).is_file()]
+    return max(whole, key=step_of, default=None)
 
 
-def _step_of(checkpoint: Path) -> int:
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, whole or not; what a user keeps there under another name (checkpoint-100-best) is none."""
+    return [path for path in folder.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", path.name) and path.is_dir()]
+
+
+def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])

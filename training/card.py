@@ -80,6 +80,7 @@ def _text(one: Exported) -> Iterator[str]:
                         "may differ where two options are nearly equal.")
     yield from ("", "## Data", "", *_data(one))
     yield from ("", "## Recipe", "", "```yaml", yaml.safe_dump(places(one.recipe.to_dict()), sort_keys=False).rstrip(), "```")
+    yield from _changes(one.run.get("changed", []))
     yield from ("", "## Where it comes from", "", *_parents(one.run))
 
 
@@ -142,6 +143,19 @@ def _data(one: Exported) -> Iterator[str]:
         yield from ("", "The base model has a licence of its own, which could not be read here and holds for this model too.")
     else:
         yield from ("", f"The base model's own licence, {named}, holds for this model too.")
+
+
+def _changes(changed: list[Mapping[str, Any]]) -> Iterator[str]:
+    """Of a run that was continued with another recipe or other data."""
+    for one in changed:
+        said = [f"`{key}` from `{cell(places(each['old']))}` to `{cell(places(each['new']))}`" for key, each in one["recipe"].items()]
+        for name, each in one["data"].items():
+            was, now = (f"SHA-256 `{each[when]}`" if each[when] else "none" for when in ("old", "new"))
+            said.append(f"`{place(name)}` from {was} to {now}")
+        yield from ("", f"Changed after step {one['step']}: {'; '.join(said)}.")
+    if any(one["data"] for one in changed):
+        yield from ("", "The data above are those of the last part. What was trained on before has licences too, and they hold for this "
+                        "model.")
 
 
 def _parents(run: Mapping[str, Any]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from data_prep.problem import ProblemError
 from training.collate import IGNORED
 from training.config import Recipe, RecipeError
 from training.order import Draw
-from training.preference import OWN, Side, answer_of, has, needed, watched
+from training.preference import ANSWERS, OWN, Side, answer_of, has, needed, watched
 
 
 class Rows:
@@ -137,8 +137,12 @@ class Opened:
         if side.picture == "none":
             messages = [{**message, "content": [part for part in message["content"] if part["type"] != "image"]}
                         if not isinstance(message["content"], str) else message for message in messages]
-        return rows.add((number, side.picture, answer), messages, list(zip(self._names(number, side.picture),
-                                                                           self.pictures(side.picture))))
+        row = rows.add((number, side.picture, answer), messages, list(zip(self._names(number, side.picture),
+                                                                          self.pictures(side.picture))))
+        if (length := len(rows.encoded[row])) > (longest := rows.encoder.longest):
+            raise ProblemError(f"{self.pair.id}: {ANSWERS[side.answer]}: {length} tokens together, and the model has positions for "
+                               f"{longest}: lower model.max_pixels, or leave the pair out")
+        return row
 
     def _names(self, number: int, picture: str) -> list[tuple]:
         """What tells pictures apart: files are the same in whatever pair they occur."""

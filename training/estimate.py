@@ -23,6 +23,7 @@ KEPT, KEPT_CHECKPOINTED = 34, 2
 # Bytes of a quantised weight: nf4 with double quantisation takes 4.127 bits (arXiv 2305.14314, section 3), int8 a scale per row.
 QUANTIZED = {"nf4": 4.127 / 8, "int8": 1.0}
 ADAM = {"adamw": 8, "adamw_8bit": 2}        # bytes of both moments
+GATHERED = 1_000_000_000        # weights that ZeRO-3 has whole at a time, at most: DeepSpeed's stage3_max_live_parameters as it is by default
 
 
 def picture_tokens(plan: Plan, encoder: Encoder, sample: int = 500) -> np.ndarray:
@@ -75,6 +76,30 @@ def memory_gb(model: nn.Module, recipe: Recipe, text_tokens: float, image_tokens
             "trained weights, gradients, Adam": trained * (8 + ADAM[recipe.optim.name]) / GB,
             "activations": activations / GB,
             "logits of answers": 3 * 4 * rows * answer_tokens * text.vocab_size / GB}
+
+
+def sharded_gb(frozen: int, trained: int, *, size: int, stage: int, ranks: int, offload: bool = False) -> dict[str, float]:
+    """Memory of one device in GB, by purpose, for weights and their training state under a stage of ZeRO (Rajbhandari et al. 2020,
+    arXiv 1910.02054, section 5): gradients as wide as weights, and 12 bytes of optimizer state for each trained weight (a copy in
+    float32 and Adam's two moments). Activations come on top, and are the same under every stage.
+
+    Args:
+        frozen, trained: numbers of weights.
+        size: bytes of a weight.
+        stage: 0 (nothing is shared out) to 3.
+        ranks: devices that share.
+        offload: weights and optimizer state lie in the host's memory; stage 3 alone.
+
+    Raises:
+        ValueError: offload under another stage.
+    """
+    if offload and stage != 3:
+        raise ValueError(f"offload is for stage 3, not {stage}")
+    share = [1 / ranks if stage >= least else 1.0 for least in (3, 2, 1)]
+    weights, gradients, optimizer = (part * of for part, of in zip(share, ((frozen + trained) * size, trained * size, trained * 12)))
+    kept = 0 if offload else 1
+    return {"weights": kept * weights / GB, "gradients": gradients / GB, "optimizer": kept * optimizer / GB,
+            "gathered": (min(GATHERED, frozen + trained) * size if stage == 3 else 0) / GB}
 
 
 def estimate_table(model: nn.Module, recipe: Recipe, plan: Plan, encoder: Encoder) -> Table:

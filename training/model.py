@@ -20,6 +20,7 @@ from modeling import adapters
 from modeling.mender import attach, settings_for
 from modeling.token_lora import TokenLoraConfig, connect, has_token_lora, modality_of
 from training.config import TOWERS, Lora, Model, Recipe, RecipeError
+from training.sharding import shape_of
 
 # The linear layers of each tower. Bare suffixes would not do: `gate_proj` is in the vision blocks as well as in the
 # language layers, and `proj` is also the patch embedding, a Conv3d.
@@ -55,6 +56,9 @@ def load_base(model: Model) -> Qwen2_5_VLForConditionalGeneration:
             model.name, revision=model.revision, dtype=model.dtype, attn_implementation=model.attention, **quantization(model))
     except ImportError as error:
         raise RecipeError(f"model.attention: {' '.join(str(error).split())}") from error
+    if conversions := getattr(base, "_weight_conversions", None):
+        # Loading under ZeRO-3 also keeps changes of names that the file did not need; undone on saving, nothing could read the names.
+        base._weight_conversions = [one for one in conversions if one.was_used()]
     return base.requires_grad_(False)
 
 
@@ -196,22 +200,47 @@ def add_shared_pictures(base: Qwen2_5_VLForConditionalGeneration) -> None:
     `pixel_values` and `image_grid_thw` hold each distinct picture once. features: what `picture_features` made of them, where it
     is known already. Log-probabilities and gradients are those of the rows with pictures of their own.
 
+    blank: encode a blank picture that no row shows, so that the vision tower runs, and has a gradient of zeros, here too. It
+    takes the way of a picture: made inside the forward pass, before the language tower's graph, and added, times 0, to what that
+    tower reads, so that every module runs, and every gradient is made, that a picture causes, in the same order. ZeRO-2 takes
+    gradients for each other's when ranks do not make them in the same order (deepspeedai/DeepSpeed#2343), and ZeRO-3 gathers
+    weights for those that are made.
+
     A forward of the model like any other, so that wrappers (PEFT, DDP, DeepSpeed) see it. Call it after TRL's fused head is added.
     """
     original = base.forward
 
     @functools.wraps(type(base).forward)
-    def forward(*args, pictures: torch.Tensor | None = None, features: tuple[torch.Tensor, ...] | None = None, **kwargs):
-        if pictures is None:
+    def forward(*args, pictures: torch.Tensor | None = None, features: tuple[torch.Tensor, ...] | None = None, blank: bool = False,
+                **kwargs):
+        unseen = 0 * blank_features(base, kwargs["input_ids"].device).sum() if blank else None
+        if pictures is not None:
+            grid, pixels = kwargs.pop("image_grid_thw", None), kwargs.pop("pixel_values", None)
+            if len(pictures):
+                found = picture_features(base, pixels, grid) if features is None else features
+                shown = tuple(found[i] for i in pictures.tolist())
+                kwargs |= {"image_grid_thw": grid[pictures],
+                           "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=shown)}}
+        if unseen is None:
             return original(*args, **kwargs)
-        grid, pixels = kwargs.pop("image_grid_thw", None), kwargs.pop("pixel_values", None)
-        if len(pictures):
-            found = picture_features(base, pixels, grid) if features is None else features
-            shown = tuple(found[i] for i in pictures.tolist())
-            kwargs |= {"image_grid_thw": grid[pictures], "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=shown)}}
-        return original(*args, **kwargs)
+
+        def add(module, inputs, named):
+            return inputs, {**named, "inputs_embeds": named["inputs_embeds"] + unseen.to(named["inputs_embeds"].dtype)}
+
+        hook = base.model.language_model.register_forward_pre_hook(add, prepend=True, with_kwargs=True)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            hook.remove()
 
     base.forward = forward
+
+
+def blank_features(base: Qwen2_5_VLForConditionalGeneration, device: torch.device) -> torch.Tensor:
+    """(1, hidden): a blank picture of one image token."""
+    vision, side = base.config.vision_config, base.config.vision_config.spatial_merge_size
+    pixels = torch.zeros(side**2, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2, device=device)
+    return picture_features(base, pixels, torch.tensor([[1, side, side]], device=device))[0]
 
 
 def picture_features(base: Qwen2_5_VLForConditionalGeneration, pixels: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -255,9 +284,10 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
 
 
 def numel(parameter: nn.Parameter) -> int:
-    """Numbers in a parameter; of one in 4 bits those that it stands for, as two of them share a byte."""
+    """Numbers in a parameter; of one in 4 bits those that it stands for, as two of them share a byte, and of one that lies in parts
+    on several ranks those of the whole."""
     state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else prod(state.shape)
+    return prod(shape_of(parameter) if state is None else state.shape)
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
@@ -272,7 +302,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             modality = MODALITIES.index(modality_of(name, by_token))
-            groups[TOWERS.index(tower_of(name)), _is_added(name), modality, parameter.ndim > 1].append(parameter)
+            groups[TOWERS.index(tower_of(name)), _is_added(name), modality, len(shape_of(parameter)) > 1].append(parameter)
     rate = getattr(getattr(recipe, "balance", None), "rate", 1.0)
     return [{"params": parameters, "tower": TOWERS[tower], "modality": MODALITIES[modality],
              "lr": getattr(recipe.optim.lr, TOWERS[tower]) * (rate if added else 1),

@@ -1,6 +1,7 @@
 """The pace of training: the factor on every tower's learning rate, over the stages of a recipe."""
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -32,3 +33,16 @@ def scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer) -> LambdaLR:
         return factors[number](step - starts[number])
 
     return LambdaLR(optimizer, factor)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, pace: LambdaLR, groups: list[dict], betas: Sequence[float]) -> None:
+    """After a checkpoint was loaded, which brings its own: rates, weight decay and betas as the recipe has them now, at the step that
+    the schedule is at. Where nothing was changed they are the same bits.
+
+    groups: as training.model.parameter_groups gives them, one for each of the optimizer.
+    """
+    pace.base_lrs = [group["lr"] for group in groups]
+    for group, fresh, factor in zip(optimizer.param_groups, groups, pace.lr_lambdas, strict=True):
+        group |= {"initial_lr": fresh["lr"], "lr": fresh["lr"] * factor(pace.last_epoch), "weight_decay": fresh["weight_decay"],
+                  "betas": tuple(betas)}
+    pace._last_lr = [group["lr"] for group in optimizer.param_groups]

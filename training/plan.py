@@ -14,6 +14,7 @@ from rich.table import Table
 from data_prep.problem import Prompt, View
 from data_prep.provenance import write_json
 from training.balance.settings import Balance, Probe
+from training.changes import ALLOW
 from training.config import Loss, Preference, Recipe, RecipeError
 from training.mixture import Mixture
 from training.objective import Objective, needs
@@ -32,6 +33,19 @@ def _four_views(drawn: View) -> tuple[View, ...]:
     if drawn is not View.both:
         raise RecipeError(f"probe: the mixture draws the view {drawn.value}; it must draw both, which is shown in the other views too")
     return (View.both, View.vision, View.text, View.blind)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A file of a checkpoint."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("is no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        what = "the order of the data" if path.name == PLAN_FILE else "this checkpoint"
+        raise RecipeError(f"{path}: cannot be read, so {what} cannot be continued: {error}; with the checkpoint's folder removed, "
+                          "--resume continues from the one before") from error
+    return values
 
 
 class PlannedStage(NamedTuple):
@@ -132,16 +146,14 @@ class Plan:
     def save(self, folder: Path, step: int) -> None:
         write_json(folder / PLAN_FILE, self.state(step))
 
-    def check(self, folder: Path, step: int) -> None:
-        """Raises RecipeError when the checkpoint in `folder` was made under another plan."""
+    def check(self, folder: Path, step: int, *, changed: bool = False) -> None:
+        """Raises RecipeError when a JSON file of the checkpoint in `folder` is damaged, or it was made under another plan, unless this
+        one may be `changed`."""
         path = folder / PLAN_FILE
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"{path}: cannot be read, so the order of the data cannot be continued: {error}") from error
+        saved = {one: _json(one) for one in (path, *folder.glob("*.json"))}[path]
+        if changed:
+            return
         now = self.state(step)
         if differing := [key for key in now if saved.get(key) != now[key]]:
             raise RecipeError(f"{path}: the order of the data is not the one the run began with; it differs in "
-                              f"{', '.join(differing)}")
-
-
+                              f"{', '.join(differing)}; {ALLOW}")

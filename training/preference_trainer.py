@@ -22,6 +22,7 @@ from training.collate_pairs import PairCollator
 from training.config import Recipe, RecipeError
 from training.model import add_answer_logits, add_shared_pictures, picture_features, unwrap
 from training.preference import CHOSEN, REJECTED, NoisePace, Side, answer_terms, combine, report
+from training.sharding import gathers
 from training.trainers import RecipeTrainer, arguments
 
 REFERENCE = "ref"           # TRL's name for the frozen copy of an adapter that training began with
@@ -73,8 +74,9 @@ class VisionDPOTrainer(RecipeTrainer, DPOTrainer):
                  reference=None) -> None:
         self.recipe, self.preference = recipe, recipe.preference
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # Policy and reference see the same picture features when nothing that makes them is trained.
-        self.shared_features = not (recipe.trains("vision") or recipe.trains("merger"))
+        # Policy and reference see the same picture features when nothing that makes them is trained. (Under ZeRO-3 each makes its
+        # own, in its pass, where all ranks make some.)
+        self.shared_features = not (recipe.trains("vision") or recipe.trains("merger") or gathers(args))
         draws = Dataset.from_dict({"draw": range(len(collator.plan))})
         with self._adapter_as_it_is(model):
             super().__init__(model=model, ref_model=reference, args=args, data_collator=collator, train_dataset=draws,
@@ -86,6 +88,7 @@ class VisionDPOTrainer(RecipeTrainer, DPOTrainer):
             for parameter in trained:
                 parameter.requires_grad_(True)
             model.save_pretrained = partial(model.save_pretrained, selected_adapters=["default"])
+        add_answer_logits(unwrap(model))        # a balance method's probe reads them
         add_shared_pictures(unwrap(model))
         if reference is not None:
             add_shared_pictures(self.accelerator.unwrap_model(self.ref_model))
@@ -98,7 +101,6 @@ class VisionDPOTrainer(RecipeTrainer, DPOTrainer):
                     for pair in pairs:
                         if pair.rejected is None:
                             raise RecipeError(f"preference.answer: {pair.id} has no rejected answer, which several ranks cannot skip")
-        add_answer_logits(unwrap(model))        # a balance method's probe reads them
         self.set_up_balance()
         self.set_up_guards()
         self._quiet()
@@ -152,6 +154,8 @@ class VisionDPOTrainer(RecipeTrainer, DPOTrainer):
             return
         ahead = inputs.get("reference")
         sums = reference = torch.zeros(1, device=self.args.device)
+        if not batch and gathers(self.args):
+            batch = inputs["learn"]     # others may run the model
         if batch:       # else no pair here has such a side; what is logged has the same names on every rank all the same
             with torch.no_grad():
                 features = self._features(batch)
@@ -176,13 +180,8 @@ class VisionDPOTrainer(RecipeTrainer, DPOTrainer):
 
     def _look(self, model, batch: dict, features: tuple[Tensor, ...] | None) -> Any:
         """What TRL's fused head gives for the labels of every row."""
-        blank = None
-        if torch.is_grad_enabled() and not self.shared_features and self._alone(batch):
-            blank = self._blank_features()
-        out = model(**batch, features=features, use_cache=False, fused_lm_head=True)
-        if blank is not None:
-            out.log_probs = out.log_probs + 0 * blank
-        return out
+        blank = self._blank(batch, torch.is_grad_enabled() and not self.shared_features)
+        return model(**batch, features=features, blank=blank, use_cache=False, fused_lm_head=True)
 
     def reference_log_probs(self, batch: dict, features: tuple[Tensor, ...] | None = None) -> Tensor:
         """(rows,) log-probabilities of the answers under the reference, summed over their tokens. No gradient."""

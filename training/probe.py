@@ -12,6 +12,7 @@ from training.config import Loss
 from training.mixture import Mixture
 from training.objective import BRANCHES, Objective, Role
 from training.order import Draw
+from training.sharding import gathers
 
 if TYPE_CHECKING:
     from training.balanced import Balanced
@@ -77,8 +78,13 @@ class Probing:
         training = model.training
         model.eval()
         sums = torch.zeros(len(self.roles), len(METRICS) + 1, dtype=torch.float64, device=trainer.args.device)
-        for start in range(accelerator.process_index * self.size, len(self.mixture), self.size * accelerator.num_processes):
-            draws: list[Draw] = [self.mixture.draw(n) for n in range(start, min(start + self.size, len(self.mixture)))]
+        together = self.size * accelerator.num_processes
+        for start in range(accelerator.process_index * self.size, -(-len(self.mixture) // together) * together, together):
+            counts = start < len(self.mixture)
+            if not counts and not gathers(trainer.args):
+                break
+            first = start if counts else 0      # where weights lie in parts, all ranks ask as often, some without need
+            draws: list[Draw] = [self.mixture.draw(n) for n in range(first, min(first + self.size, len(self.mixture)))]
             batch = trainer._prepare_inputs(self._collator.branches(draws, self.roles, self._objective))
             for row, name in enumerate(self.roles):
                 shown = batch["branches"][name]
@@ -86,7 +92,7 @@ class Probing:
                     found = trainer.look_at(model, shown, False, True)
                 seen = trainer.seen(found, shown["labels"], batch["at"], batch["token"])
                 values = [seen.value("accuracy"), seen.value("probability"), seen.own_loss(), seen.value("accuracy", corrected=False)]
-                sums[row] += torch.stack([*(value.sum() for value in values), values[0].new_tensor(float(len(batch["at"])))])
+                sums[row] += counts * torch.stack([*(value.sum() for value in values), values[0].new_tensor(float(len(batch["at"])))])
         model.train(training)
         sums = accelerator.reduce(sums, reduction="sum")
         means = (sums[:, :-1] / sums[:, -1:]).tolist()

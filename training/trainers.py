@@ -17,12 +17,13 @@ from training.balanced import Balanced
 from training.guards import Guarded
 from training.collate import IGNORED, Collator, answer_numbers
 from training.config import Recipe
-from training.model import add_answer_logits, parameter_groups, picture_features, unwrap
+from training.model import add_answer_logits, add_shared_pictures, parameter_groups, unwrap
 from training.objective import Answers
-from training.pace import scheduler
+from training.pace import scheduler, set_rates
+from training.sharding import gathers, settings_of, stage_of
 
 
-def arguments(recipe: Recipe, run_dir: Path, *, world_size: int = 1, deepspeed: str | None = None) -> dict[str, Any]:
+def arguments(recipe: Recipe, run_dir: Path, *, world_size: int = 1, deepspeed: str | dict | None = None) -> dict[str, Any]:
     """The recipe in the words that all of TRL's trainers share.
 
     Raises:
@@ -31,6 +32,7 @@ def arguments(recipe: Recipe, run_dir: Path, *, world_size: int = 1, deepspeed: 
     if recipe.batch % (recipe.micro_batch * world_size):
         raise ValueError(f"batch={recipe.batch} is not a multiple of micro_batch={recipe.micro_batch} x {world_size} ranks")
     cuda = torch.cuda.is_available()
+    stage = 0 if deepspeed is None else stage_of(settings_of(deepspeed))
     return dict(
         output_dir=str(run_dir / "checkpoints"), seed=recipe.seed, data_seed=recipe.seed,
         max_steps=recipe.steps, per_device_train_batch_size=recipe.micro_batch,
@@ -43,7 +45,8 @@ def arguments(recipe: Recipe, run_dir: Path, *, world_size: int = 1, deepspeed: 
         # On a CPU, TRL's defaults mean bf16 autocast and checkpointing, both slower than doing without.
         use_cpu=not cuda, bf16=cuda and recipe.model.dtype == "bfloat16",
         gradient_checkpointing=recipe.model.checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.model.checkpointing else None,
+        # TRL forces the same under ZeRO-3, whose gathering LoRA's other kind of checkpointing does not see.
+        gradient_checkpointing_kwargs={"use_reentrant": stage == 3 and recipe.lora is not None} if recipe.model.checkpointing else None,
         ddp_find_unused_parameters=False,
         max_length=None, remove_unused_columns=False,
         # The order is the mixture's: draw n is row n, for any number of ranks and workers, and a resumed run skips by index.
@@ -66,6 +69,7 @@ class RecipeTrainer(Guarded, Balanced):
     """
 
     recipe: Recipe
+    _by_recipe = False          # whether the optimizer's groups are those of training.model.parameter_groups
 
     @staticmethod
     @contextmanager
@@ -84,6 +88,7 @@ class RecipeTrainer(Guarded, Balanced):
         if self.optimizer is None:
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = cls(parameter_groups(self.model, self.recipe), **kwargs)
+            self._by_recipe = True
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
@@ -103,26 +108,33 @@ class RecipeTrainer(Guarded, Balanced):
         saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
         self.model.load_state_dict(saved.state_dict())
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Moments and the step are the checkpoint's; rates, weight decay and betas are the recipe's, which may have been changed."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._by_recipe:
+            pace = self.lr_scheduler
+            while hasattr(pace, "scheduler"):
+                pace = pace.scheduler           # inside accelerate's wrapper
+            set_rates(self._bare_optimizer(), pace, parameter_groups(self.model, self.recipe), self.recipe.optim.betas)
+
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             save_extras(self.accelerator.unwrap_model(self.model), Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
-    def _alone(self, batch: dict) -> bool:
-        """Whether this rank has no picture while others may have some."""
-        return "pixel_values" not in batch and self.accelerator.num_processes > 1
+    def _blank(self, batch: dict, learns: bool) -> bool:
+        """Whether this rank, without a picture, is to encode a blank one because others may have some.
 
-    def _blank_features(self) -> torch.Tensor:
-        """Sum of the features of one blank image token: a rank without pictures must give the vision tower a gradient, of zeros,
-        when others have pictures, or they would wait for it (DDP) or add up buckets of different lengths (DeepSpeed).
-
-        Made before the language tower's graph, so that its backward pass comes after, as that of a picture does: ZeRO-2 takes
-        gradients for each other's when ranks do not make them in the same order (deepspeedai/DeepSpeed#2343).
+        It must give the vision tower a gradient, of zeros, or they would wait for it (DDP) or add up buckets of different lengths
+        (DeepSpeed, which even on one rank takes an earlier gradient where the last micro-batch has none). Under ZeRO-3 it must run
+        that tower whether there is a gradient or not.
         """
-        base = unwrap(self.model)
-        vision, side = base.config.vision_config, base.config.vision_config.spatial_merge_size
-        pixels = torch.zeros(side**2, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2, device=base.device)
-        return picture_features(base, pixels, torch.tensor([[1, side, side]], device=base.device))[0].sum()
+        return self._several and "pixel_values" not in batch and (learns or gathers(self.args))
+
+    @property
+    def _several(self) -> bool:
+        """Whether ranks, or DeepSpeed, rely on every pass making the same gradients in the same order."""
+        return self.accelerator.num_processes > 1 or self.is_deepspeed_enabled
 
     def look_at(self, model, batch: dict, learns: bool, full: bool) -> Answers:
         """The answers' tokens of a batch as the model sees them, with a gradient where it `learns`."""
@@ -130,7 +142,9 @@ class RecipeTrainer(Guarded, Balanced):
         trained = labels[:, 1:] != IGNORED
         batch = {key: value for key, value in batch.items() if key != "loss_weight"}
         with nullcontext() if learns else torch.no_grad():
-            blank = self._blank_features() if learns and self._alone(batch) else None
+            batch["blank"] = self._blank(batch, learns)
+            if self._several:       # pictures before words, as where there is a blank one
+                batch["pictures"] = torch.arange(len(batch.get("image_grid_thw", ())), device=self.args.device)
             if full:
                 outputs = model(**batch, use_cache=False, answer_logits=True)
                 logps = outputs.logits.float().log_softmax(-1)
@@ -141,8 +155,6 @@ class RecipeTrainer(Guarded, Balanced):
                 outputs = model(**batch, use_cache=False, fused_lm_head=True)
                 found = Answers(outputs.log_probs[trained], outputs.is_top1[trained].bool(),
                                 outputs.entropy[trained].detach(), None)
-            if blank is not None:
-                found.log_probs = found.log_probs + 0 * blank
         return found
 
     def counted(self) -> dict[str, float]:
@@ -181,6 +193,7 @@ class VisionSFTTrainer(RecipeTrainer, SFTTrainer):
             super().__init__(model=model, args=args, data_collator=collator, train_dataset=draws,
                              processing_class=collator.encoder.tokenizer, callbacks=list(callbacks))
         add_answer_logits(unwrap(self.model))
+        add_shared_pictures(unwrap(self.model))
         self._counted: dict[str, torch.Tensor] = {}     # since the last log: sums over trained tokens, and their number
         self._tokens: torch.Tensor | None = None        # trained tokens of the optimizer step, over micro-batches and ranks
         self._answers: torch.Tensor | None = None       # likewise
