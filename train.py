@@ -98,6 +98,7 @@ def dry_run(recipe) -> None:
 
 
 def train(recipe, *, resume: bool, allow_changes: bool = False, deepspeed: str | None = None) -> None:
+    import torch
     import transformers
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
@@ -111,6 +112,8 @@ def train(recipe, *, resume: bool, allow_changes: bool = False, deepspeed: str |
     from training.sharding import check_checkpoint, config_of, ranks_of
     from training.universal import universal, universal_settings
 
+    if recipe.data.workers:     # by descriptors, a thread of a worker serves them, and complains in a traceback when all are stopped
+        torch.multiprocessing.set_sharing_strategy("file_system")
     deepspeed = config_of(deepspeed)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     console = libraries.console(quiet=rank != 0)
